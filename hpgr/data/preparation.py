@@ -1,0 +1,330 @@
+"""Logs -> prepared timelines, as passes over fragments and buckets that any executor can run in parallel.
+
+    scan    fragment -> validated rows by user hash into bucket files; bad rows to quarantine/
+    sort    bucket   -> total order, exact duplicates dropped
+    refine  bucket   -> impressions a second around a cut-off (splits by time fraction)
+    count   bucket   -> values of training time
+    merge            -> vocabulary
+    encode  bucket   -> timelines
+
+Each pass writes files with names made from its input, so a repeated task overwrites its own work, and the
+manifest comes last: a folder without one is not a prepared log. Design: ours; the only shuffle is `scan`.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc as ipc
+
+import hpgr
+from hpgr.artifacts import FORMAT, Folder, check_format, fingerprint
+from hpgr.config import Config, Data, dump
+from hpgr.data import split as splits
+from hpgr.data.ordering import order_rows
+from hpgr.data.sources import Fragment, SourceFile, find_files, fragments, inputs_fingerprint, read
+from hpgr.data.synthetic import write_log
+from hpgr.data.timelines import encode, features_of, training_rows
+from hpgr.data.validation import USER_HASH, empty_rows, needed_columns, validate
+from hpgr.data.vocabulary import Vocabulary, count, merge
+from hpgr.errors import ArtifactError, ConfigError, DataError
+
+T = TypeVar("T")
+R = TypeVar("R")
+Execute = Callable[[str, Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
+"""Runs a function over items, in any order or place, and yields the results in the items' order."""
+
+BUCKET_ROWS = 400_000
+CSV_ROW_BYTES = 40
+SPLIT_NAMES = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A prepared log: where it is and what its manifest says."""
+
+    folder: Folder
+    manifest: dict[str, Any]
+
+    def timelines(self, bucket: int) -> pa.Table:
+        """Timelines of one bucket; schema as `hpgr.schema.timeline_schema`."""
+        return self.folder.read_parquet(f"timelines/bucket-{bucket:05d}.parquet")
+
+    @property
+    def buckets(self) -> int:
+        return int(self.manifest["buckets"])
+
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary.from_tables(self.folder.read_parquet("vocabulary.parquet"), self.folder.read_json("vocabulary.json"))
+
+    @classmethod
+    def open(cls, folder: Folder) -> Prepared:
+        """Read a prepared log's manifest.
+
+        Raises:
+            ArtifactError: there is none, or it is of another version.
+        """
+        manifest = folder.read_json("manifest.json")
+        check_format(manifest, f"prepared log {folder.uri}")
+        return cls(folder, manifest)
+
+
+def prepare(config: Config, execute: Execute, say: Callable[[str], None]) -> Prepared:
+    """Prepare the log of a configuration, or reuse what an equal input and settings gave before.
+
+    Raises:
+        DataError: the log cannot be used; what is wrong and what to change.
+    """
+    data = config.data
+    if data.columns.label is None:
+        raise ConfigError("data.columns.label: got null, expected the column of clicks; stage 2 learns from it")
+    files = find_files(_paths(data, say), data.format)
+    inputs = inputs_fingerprint(files)
+    settings = {k: v for k, v in dump(config)["data"].items() if k not in ("prepared", "path", "synthetic")}
+    name = fingerprint({"format": FORMAT, "inputs": inputs, "settings": settings})
+    folder = Folder(data.prepared).sub(name)
+    if folder.exists("manifest.json"):
+        say(f"prepare: inputs and settings unchanged, reusing {folder.uri}")
+        return Prepared.open(folder)
+    say(f"prepare: {len(files)} file(s), {sum(f.size for f in files) / 1e6:,.1f} MB -> {folder.uri}")
+    folder.delete()
+    job = _Job(data, folder, _bucket_count(files), execute, say)
+    manifest = {"format": FORMAT, "fingerprint": name, "inputs": inputs, "settings": settings, **job.run(files)}
+    folder.delete("staging")
+    folder.write_json("manifest.json", manifest)
+    return Prepared(folder, manifest)
+
+
+def _paths(data: Data, say: Callable[[str], None]) -> list[str]:
+    if data.path is not None:
+        return [data.path] if isinstance(data.path, str) else list(data.path)
+    log = Folder(data.prepared).sub(f"generated-{fingerprint(data.synthetic.model_dump())}")
+    filesystem, path = log.path()
+    filesystem.create_dir(path, recursive=True)
+    write_log(data.synthetic, path, filesystem)
+    say(f"prepare: no data.path, using the generated log in {log.uri}")
+    return [log.sub("log").uri]
+
+
+def _bucket_count(files: Sequence[SourceFile]) -> int:
+    """Buckets of about BUCKET_ROWS rows; from sizes alone, so the layout does not depend on the cluster."""
+    rows = sum(f.size / (8 if f.format == "parquet" else CSV_ROW_BYTES) for f in files)
+    return min(1024, max(1, math.ceil(rows / BUCKET_ROWS)))
+
+
+@dataclass(frozen=True)
+class _Job:
+    data: Data
+    folder: Folder
+    buckets: int
+    execute: Execute
+    say: Callable[[str], None]
+
+    def run(self, files: Sequence[SourceFile]) -> dict[str, Any]:
+        pieces = fragments(files, needed_columns(self.data))
+        scans = list(self.execute("scan", partial(scan, data=self.data, folder=self.folder, buckets=self.buckets), pieces))
+        account = self._scanned(scans)
+        every = range(self.buckets)
+        time_split = self.data.split.by == "time_fraction"
+        sorts = list(self.execute("sort", partial(sort, data=self.data, folder=self.folder, hours=time_split), every))
+        account["duplicates"] = sum(s["duplicates"] for s in sorts)
+        account["kept"] = sum(s["rows"] for s in sorts)
+        self._balance(account)
+        cuts = self._cut_offs(sorts)
+        counts = list(self.execute("count", partial(count_bucket, data=self.data, folder=self.folder, cuts=cuts), every))
+        account |= self._split_account(counts)
+        sizes = next(iter(self.execute("merge", partial(merge_counts, data=self.data, folder=self.folder), [self.buckets])))
+        encoding = partial(encode_bucket, data=self.data, folder=self.folder, cuts=cuts)
+        account["timelines"] = sum(self.execute("encode", encoding, every))
+        return {
+            "buckets": self.buckets,
+            "account": account,
+            "cut_offs": None if cuts is None else asdict(cuts),
+            "vocabulary": sizes,
+            "features": {s + k: [f.name for f in features_of(self.data.features, s, k)]
+                         for s in ("h_", "t_") for k in ("cat", "num")},
+            "versions": {"hpgr": hpgr.__version__, "pyarrow": pa.__version__, "numpy": np.__version__,
+                         "python": platform.python_version()},
+        }  # fmt: skip
+
+    def _scanned(self, scans: list[dict[str, Any]]) -> dict[str, Any]:
+        reasons: Counter[str] = Counter()
+        for s in scans:
+            reasons.update(s["reasons"])
+        rows, bad = sum(s["rows"] for s in scans), sum(reasons.values())
+        if rows == 0:
+            raise DataError("the log is empty: no row in any file of data.path")
+        worst = ", ".join(f"{n:,} {r}" for r, n in reasons.most_common(4))
+        if bad == rows or bad > self.data.max_quarantined * rows:
+            raise DataError(f"{bad:,} of {rows:,} rows cannot be used ({worst}); data.max_quarantined allows "
+                            f"{self.data.max_quarantined:.0%}. Check data.columns and data.time_unit; the rows are in "
+                            f"{self.folder.uri}/quarantine")  # fmt: skip
+        if bad:
+            self.say(f"prepare: {bad:,} row(s) quarantined in {self.folder.uri}/quarantine: {worst}")
+        return {"rows_in": rows, "quarantined": bad, "reasons": dict(sorted(reasons.items()))}
+
+    def _balance(self, account: dict[str, Any]) -> None:
+        if account["rows_in"] != account["kept"] + account["quarantined"] + account["duplicates"]:
+            raise ArtifactError(f"rows are missing: {account}; a task's files were lost, run the same command again")
+
+    def _cut_offs(self, sorts: list[dict[str, Any]]) -> splits.CutOffs | None:
+        split = self.data.split
+        if split.by == "date":
+            return splits.date_cut_offs(split)
+        if split.by != "time_fraction":
+            return None
+        hours: Counter[int] = Counter()
+        for s in sorts:
+            hours.update(s["hours"])
+        if not hours:
+            raise DataError("no impressions: no row matches data.impressions and has a label")
+        found = [splits.locate(hours, share) for share in (1 - split.validation - split.test, 1 - split.test)]
+        wanted = tuple(hour for hour, _ in found)
+        seconds = list(self.execute("refine", partial(refine, folder=self.folder, hours=wanted), range(self.buckets)))
+        exact = []
+        for (_, left), parts in zip(found, zip(*seconds, strict=True), strict=True):
+            total: Counter[int] = Counter()
+            for part in parts:
+                total.update(part)
+            exact.append(splits.refine(total, left))
+        return splits.CutOffs(*exact)
+
+    def _split_account(self, counts: list[dict[str, Any]]) -> dict[str, Any]:
+        def total(key: str) -> dict[str, int]:
+            return {name: sum(c[key][i] for c in counts) for i, name in enumerate(SPLIT_NAMES)}
+
+        rows, positives = total("rows"), total("positives")
+        if not sum(rows.values()):
+            raise DataError("no impressions: no row matches data.impressions and has a label")
+        splits.check(rows, self.data.split)
+        if positives["train"] in (0, rows["train"]):
+            raise DataError(f"all {rows['train']:,} training impressions have label {int(positives['train'] > 0)}; "
+                            "a click model needs both classes: check data.columns.label, data.label_rule")  # fmt: skip
+        return {
+            "splits": {n: {"impressions": rows[n], "positives": positives[n]} for n in SPLIT_NAMES},
+            **{key: sum(c[key] for c in counts) for key in ("users", "history_events", "unused")},
+            "first_time": min(c["first_time"] for c in counts),
+            "last_time": max(c["last_time"] for c in counts),
+        }  # fmt: skip
+
+
+def _raw(bucket: int, fragment: Fragment) -> str:
+    return f"staging/raw/{bucket:05d}/{fragment.index:06d}-{fragment.first:06d}.arrow"
+
+
+def scan(fragment: Fragment, data: Data, folder: Folder, buckets: int) -> dict[str, Any]:
+    """Validate a fragment and deal its rows to bucket files by user hash; returns its account."""
+    rows, reasons, bad = 0, Counter[str](), []
+    schema = empty_rows(data).schema
+    with ExitStack() as stack:
+        writers: dict[int, ipc.RecordBatchStreamWriter] = {}
+        for raw, first in read(fragment, needed_columns(data)):
+            checked = validate(raw, first, data)
+            rows += raw.num_rows
+            if checked.quarantined.num_rows:
+                reasons.update(checked.quarantined.column("reason").to_pylist())
+                bad.append(checked.quarantined)
+            for bucket, part in _deal(checked.rows.cast(schema), buckets):
+                if bucket not in writers:
+                    writers[bucket] = stack.enter_context(_ipc_writer(folder, _raw(bucket, fragment), schema, stack))
+                writers[bucket].write_table(part)
+    if bad:
+        table = pa.concat_tables(bad).append_column("file", pa.array([fragment.file.uri] * sum(b.num_rows for b in bad)))
+        folder.write_parquet(f"quarantine/{fragment.index:06d}-{fragment.first:06d}.parquet", table)
+    return {"rows": rows, "reasons": dict(reasons)}
+
+
+def _deal(rows: pa.Table, buckets: int) -> Iterable[tuple[int, pa.Table]]:
+    bucket = (rows.column(USER_HASH).to_numpy() % np.uint64(buckets)).astype(np.int64)
+    order = np.argsort(bucket, kind="stable")
+    rows = rows.take(pa.array(order)) if buckets > 1 else rows
+    bounds = np.searchsorted(bucket[order], np.arange(buckets + 1))
+    for b in np.flatnonzero(np.diff(bounds)):
+        yield int(b), rows.slice(bounds[b], bounds[b + 1] - bounds[b])
+
+
+def _ipc_writer(folder: Folder, name: str, schema: pa.Schema, stack: ExitStack) -> ipc.RecordBatchStreamWriter:
+    filesystem, path = folder.path(name)
+    try:
+        filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+        sink = stack.enter_context(filesystem.open_output_stream(path))
+    except OSError as error:
+        raise ArtifactError(f"cannot write {path}: {error}; check space and permissions") from None
+    return ipc.new_stream(sink, schema, options=ipc.IpcWriteOptions(compression="lz4"))
+
+
+def _read_ipc(folder: Folder, name: str) -> pa.Table:
+    filesystem, path = folder.path(name)
+    with filesystem.open_input_stream(path) as source:
+        return ipc.open_stream(source).read_all()
+
+
+def _sorted(bucket: int) -> str:
+    return f"staging/sorted/{bucket:05d}.arrow"
+
+
+def sort(bucket: int, data: Data, folder: Folder, hours: bool) -> dict[str, Any]:
+    """Order one bucket and drop its duplicates; `hours` asks for the histogram of impressions by hour."""
+    raw = f"staging/raw/{bucket:05d}"
+    parts = [_read_ipc(folder, f"{raw}/{name}") for name in folder.entries(raw)]
+    table, duplicates = order_rows(pa.concat_tables([empty_rows(data), *parts]).combine_chunks())
+    with ExitStack() as stack:
+        stack.enter_context(_ipc_writer(folder, _sorted(bucket), table.schema, stack)).write_table(table)
+    histogram = splits.histogram(splits.targets_of(table).time, splits.HOUR) if hours else {}
+    return {"rows": table.num_rows, "duplicates": duplicates, "hours": histogram}
+
+
+def refine(bucket: int, folder: Folder, hours: tuple[int, ...]) -> list[dict[int, int]]:
+    """Impressions a second inside each of the given hours."""
+    time = splits.targets_of(_read_ipc(folder, _sorted(bucket))).time
+    inside = [time[time // splits.HOUR == hour] for hour in hours]
+    return [splits.histogram(t, splits.SECOND) for t in inside]
+
+
+def count_bucket(bucket: int, data: Data, folder: Folder, cuts: splits.CutOffs | None) -> dict[str, Any]:
+    """Count a bucket's training values into staging/counts; returns its split account."""
+    table = _read_ipc(folder, _sorted(bucket)).combine_chunks()
+    training, account = training_rows(table, data, cuts)
+    folder.write_parquet(f"staging/counts/{bucket:05d}.parquet", count(table, training, data))
+    return account
+
+
+def merge_counts(buckets: int, data: Data, folder: Folder) -> dict[str, Any]:
+    """Build and write the vocabulary from all buckets' counts; returns its sizes."""
+    counts = merge(folder.read_parquet(f"staging/counts/{b:05d}.parquet") for b in range(buckets))
+    vocabulary = Vocabulary.from_counts(counts, data.vocabulary, data.features)
+    if not vocabulary.items.num_rows:
+        raise DataError(f"no item was seen {data.vocabulary.min_count} times in training; lower data.vocabulary.min_count")
+    folder.write_parquet("vocabulary.parquet", vocabulary.items)
+    folder.write_json("vocabulary.json", vocabulary.to_tables())
+    return {
+        "items": vocabulary.items.num_rows,
+        "size": vocabulary.size,
+        "oov_buckets": vocabulary.oov_buckets,
+        "categories": {field: vocabulary.category_size(field) for field in vocabulary.categories},
+    }
+
+
+def encode_bucket(bucket: int, data: Data, folder: Folder, cuts: splits.CutOffs | None) -> int:
+    """Write a bucket's timelines; returns how many."""
+    plain, items = folder.read_json("vocabulary.json"), folder.read_parquet("vocabulary.parquet")
+    table = _read_ipc(folder, _sorted(bucket)).combine_chunks()
+    timelines = encode(table, Vocabulary.from_tables(items, plain), data, cuts)
+    folder.write_parquet(f"timelines/bucket-{bucket:05d}.parquet", timelines)
+    return int(timelines.num_rows)
+
+
+def in_process(_: str, function: Callable[[T], R], items: Sequence[T]) -> Iterable[R]:
+    """The plainest executor: one after the other, here."""
+    return map(function, items)
+
+

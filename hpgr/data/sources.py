@@ -1,0 +1,296 @@
+"""Find the files of a log and read them in bounded pieces, whatever their format."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.fs as pafs
+import pyarrow.json as pajson
+import pyarrow.parquet as pq
+
+from hpgr.artifacts import resolve
+from hpgr.errors import DataError
+
+ENDINGS = {
+    ".parquet": "parquet", ".pq": "parquet", ".csv": "csv", ".csv.gz": "csv",
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".jsonl.gz": "jsonl",
+}  # fmt: skip
+BLOCK_BYTES = 16 << 20
+FRAGMENT_ROWS = 500_000
+RAW_LINE = "unreadable_line"
+"""Column that carries the text of a line no parser could read."""
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of the log and what tells whether it has changed."""
+
+    uri: str
+    format: str
+    size: int
+    mtime_ns: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A piece of a file that one task reads: row groups [first, last) of a Parquet file, else all of it."""
+
+    file: SourceFile
+    index: int
+    first: int = 0
+    last: int = 0
+
+
+def find_files(paths: Sequence[str], declared: str = "auto") -> list[SourceFile]:
+    """Expand files, folders and globs, sorted by path.
+
+    Raises:
+        DataError: nothing there, nothing readable, or a format that cannot be told.
+    """
+    files: dict[str, SourceFile] = {}
+    for path in paths:
+        filesystem, root = resolve(path)
+        prefix = path.partition("://")[0] + "://" if "://" in path else ""
+        for info in _expand(filesystem, root, path):
+            uri = prefix + info.path
+            files[uri] = SourceFile(uri, _format(info.path, declared), info.size, info.mtime_ns or 0,
+                                    _digest(filesystem, info))  # fmt: skip
+    return [files[uri] for uri in sorted(files)]
+
+
+def _expand(filesystem: pafs.FileSystem, root: str, path: str) -> list[pafs.FileInfo]:
+    try:
+        if any(c in root for c in "*?["):
+            base = root[: min(root.index(c) for c in "*?[" if c in root)].rpartition("/")[0]
+            listing = filesystem.get_file_info(pafs.FileSelector(base, recursive=True, allow_not_found=True))
+            found = [i for i in listing if i.type == pafs.FileType.File and fnmatch.fnmatch(i.path, root)]
+        else:
+            info = filesystem.get_file_info(root)
+            if info.type != pafs.FileType.Directory:
+                found = [info] if info.type == pafs.FileType.File else []
+            else:
+                listing = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
+                found = [i for i in listing if i.type == pafs.FileType.File and _is_log(i, root)]
+    except OSError as error:
+        raise DataError(f"data.path {path}: cannot be listed: {error}") from None
+    if not found:
+        raise DataError(f"data.path {path}: no log file found there; give a file, a folder or a glob of "
+                        f"{', '.join(sorted(set(ENDINGS)))} files")  # fmt: skip
+    return found
+
+
+def _is_log(info: pafs.FileInfo, root: str) -> bool:
+    inside = info.path[len(root) :].strip("/").split("/")
+    return info.path.lower().endswith(tuple(ENDINGS)) and not any(p.startswith(("_", ".")) for p in inside)
+
+
+def _format(path: str, declared: str) -> str:
+    if declared != "auto":
+        return declared
+    for ending, kind in ENDINGS.items():
+        if path.lower().endswith(ending):
+            return kind
+    raise DataError(f"{path}: its ending does not tell its format; set data.format to parquet, csv or jsonl")
+
+
+def _digest(filesystem: pafs.FileSystem, info: pafs.FileInfo) -> str:
+    """Digest of a file's first and last 64 KiB: with size and time, enough to notice a changed input."""
+    edge = 1 << 16
+    try:
+        with filesystem.open_input_file(info.path) as file:
+            head = file.read(edge)
+            file.seek(max(0, info.size - edge))
+            return hashlib.sha256(head + file.read(edge)).hexdigest()[:16]
+    except OSError as error:
+        raise DataError(f"{info.path}: cannot be read: {error}") from None
+
+
+def fragments(files: Sequence[SourceFile], columns: Sequence[str]) -> list[Fragment]:
+    """Cut files into pieces of about FRAGMENT_ROWS rows and check that their columns are there.
+
+    Raises:
+        DataError: a file is cut short or of another format, or a column is missing.
+    """
+    out: list[Fragment] = []
+    for index, file in enumerate(files):
+        names = _column_names(file)
+        missing = [c for c in columns if c not in names] if names is not None else []
+        if missing:
+            raise DataError(f"{file.uri}: no column {', '.join(map(repr, missing))}; it has {', '.join(names or [])}; "
+                            "set data.columns and data.features to match")  # fmt: skip
+        out += _row_groups(file, index) if file.format == "parquet" else [Fragment(file, index)]
+    return out
+
+
+def _row_groups(file: SourceFile, index: int) -> Iterator[Fragment]:
+    metadata = _open_parquet(file).metadata
+    first = rows = 0
+    for group in range(metadata.num_row_groups):
+        rows += metadata.row_group(group).num_rows
+        if rows >= FRAGMENT_ROWS or group + 1 == metadata.num_row_groups:
+            yield Fragment(file, index, first, group + 1)
+            first, rows = group + 1, 0
+
+
+def _open_parquet(file: SourceFile) -> pq.ParquetFile:
+    filesystem, path = resolve(file.uri)
+    try:
+        return pq.ParquetFile(path, filesystem=filesystem)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(
+            f"{file.uri}: not a whole Parquet file ({error}); it may be cut short or of another format"
+        ) from None
+
+
+def _column_names(file: SourceFile) -> list[str] | None:
+    if file.format == "parquet":
+        return list(_open_parquet(file).schema_arrow.names)
+    if file.format == "csv":
+        return _csv_names(file)
+    return None  # JSONL: any line may leave a key out
+
+
+def read(fragment: Fragment, columns: Sequence[str]) -> Iterator[tuple[pa.Table, int]]:
+    """Tables of the wanted columns with the position of their first row in the file.
+
+    CSV columns come as text. Lines that cannot be parsed come as rows of the one column `RAW_LINE`.
+
+    Raises:
+        DataError: the file is unreadable.
+    """
+    wanted = list(dict.fromkeys(columns))
+    if fragment.file.format == "parquet":
+        yield from _read_parquet(fragment, wanted)
+    elif fragment.file.format == "csv":
+        yield from _read_csv(fragment.file, wanted)
+    else:
+        yield from _read_jsonl(fragment.file, wanted)
+
+
+def _read_parquet(fragment: Fragment, columns: list[str]) -> Iterator[tuple[pa.Table, int]]:
+    file = _open_parquet(fragment.file)
+    start = sum(file.metadata.row_group(g).num_rows for g in range(fragment.first))
+    try:
+        groups = range(fragment.first, fragment.last)
+        for batch in file.iter_batches(FRAGMENT_ROWS, row_groups=list(groups), columns=columns):
+            yield pa.Table.from_batches([batch]), start
+            start += batch.num_rows
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{fragment.file.uri}: cannot be read near row {start}: {error}") from None
+
+
+def _read_csv(file: SourceFile, columns: list[str]) -> Iterator[tuple[pa.Table, int]]:
+    bad: list[str] = []
+
+    def keep_bad(row: Any) -> str:
+        bad.append(row.text or "")
+        return "skip"
+
+    start = 0
+    convert = pacsv.ConvertOptions(
+        include_columns=columns,
+        column_types=dict.fromkeys(columns, pa.string()),
+        null_values=[""],
+        strings_can_be_null=True,
+    )
+    try:
+        with _csv_reader(file, BLOCK_BYTES, convert, keep_bad) as reader:
+            for batch in reader:
+                yield pa.Table.from_batches([batch]), start
+                start += batch.num_rows
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{file.uri}: cannot be read as CSV near row {start}: {error}") from None
+    if bad:
+        yield pa.table({RAW_LINE: bad}), start
+
+
+def _csv_names(file: SourceFile) -> list[str]:
+    try:
+        with _csv_reader(file, 1 << 20, pacsv.ConvertOptions(), lambda _: "skip") as reader:
+            return list(reader.schema.names)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{file.uri}: cannot be read as CSV: {error}; a log needs a header line with column names") from None
+
+
+@contextmanager
+def _csv_reader(file: SourceFile, block: int, convert: Any, on_bad: Callable[[Any], str]) -> Iterator[Any]:
+    filesystem, path = resolve(file.uri)
+    with filesystem.open_input_stream(path, compression="detect") as stream:
+        yield pacsv.open_csv(
+            stream,
+            read_options=pacsv.ReadOptions(block_size=block, use_threads=False),
+            parse_options=pacsv.ParseOptions(invalid_row_handler=on_bad),
+            convert_options=convert,
+        )
+
+
+def _read_jsonl(file: SourceFile, columns: list[str]) -> Iterator[tuple[pa.Table, int]]:
+    filesystem, path = resolve(file.uri)
+    start, rest = 0, b""
+    try:
+        with filesystem.open_input_stream(path, compression="detect") as stream:
+            while block := stream.read(BLOCK_BYTES):
+                whole, newline, rest = (rest + block).rpartition(b"\n")
+                for table in _parse_lines(whole + newline, columns):
+                    yield table, start
+                    start += table.num_rows
+    except OSError as error:
+        raise DataError(f"{file.uri}: cannot be read near line {start}: {error}") from None
+    for table in _parse_lines(rest, columns):
+        yield table, start
+        start += table.num_rows
+
+
+def _parse_lines(text: bytes, columns: list[str]) -> list[pa.Table]:
+    if not text.strip():
+        return []
+    try:
+        options = pajson.ReadOptions(use_threads=False, block_size=len(text) + 1)
+        table = pajson.read_json(pa.BufferReader(text), read_options=options)
+        present = [c for c in columns if c in table.column_names]
+        table = table.select(present) if present else pa.table({columns[0]: pa.nulls(table.num_rows)})
+        return [_with_missing(table, columns)]
+    except pa.ArrowException:
+        return _parse_one_by_one(text, columns)
+
+
+def _parse_one_by_one(text: bytes, columns: list[str]) -> list[pa.Table]:
+    """Slow path for a block with a broken line or a column of mixed types: values become text, bad lines raw."""
+    rows: list[dict[str, str | None]] = []
+    bad: list[str] = []
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            rows.append({c: None if row.get(c) is None else _text(row[c]) for c in columns})
+        elif line.strip():
+            bad.append(line.decode("utf-8", "replace"))
+    tables = [pa.table({c: pa.array([r[c] for r in rows], pa.string()) for c in columns})] if rows else []
+    return [*tables, pa.table({RAW_LINE: bad})] if bad else tables
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _with_missing(table: pa.Table, columns: list[str]) -> pa.Table:
+    for column in columns:
+        if column not in table.column_names:
+            table = table.append_column(column, pa.nulls(table.num_rows))
+    return table.select(columns)
+
+
+def inputs_fingerprint(files: Sequence[SourceFile]) -> list[dict[str, Any]]:
+    """Plain data that changes when any file of the log does."""
+    return [asdict(file) for file in files]

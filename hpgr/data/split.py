@@ -1,0 +1,128 @@
+"""Training, validation and test impressions. A list shown together stays together; the past comes first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import numpy as np
+import pyarrow as pa
+
+from hpgr.config import Split
+from hpgr.data.ordering import run_starts, user_codes
+from hpgr.errors import DataError
+from hpgr.schema import IS_TARGET, REQUEST, SECOND, TEST, TIME, TRAIN, VALIDATION, Array, Ints
+
+NEVER = np.iinfo(np.int64).max
+HOUR = 3600 * SECOND
+
+
+@dataclass(frozen=True)
+class Targets:
+    """A bucket's impressions ordered by (user, time of the list, list, row). All arrays [I].
+
+    `time` is the earliest time of the list: nothing at or after it may inform any of its candidates.
+    """
+
+    row: Ints
+    user: Ints
+    time: Ints
+    request: Ints
+
+
+@dataclass(frozen=True)
+class CutOffs:
+    """First microsecond of validation and of test, for splits by time."""
+
+    validation: int
+    test: int
+
+
+def targets_of(table: pa.Table) -> Targets:
+    """Impressions of an ordered bucket."""
+    row = np.flatnonzero(table.column(IS_TARGET).to_numpy(zero_copy_only=False))
+    user = user_codes(table)[row] if len(row) else np.zeros(0, np.int64)
+    time = table.column(TIME).to_numpy()[row]
+    request = table.column(REQUEST).to_numpy()[row]
+    alone = request == 0
+    group = np.where(alone, row, request)
+    by_list = np.lexsort((time, group, alone, user))
+    start = run_starts(user[by_list], alone[by_list], group[by_list])
+    list_time = np.empty_like(time)
+    list_time[by_list] = time[by_list][start]
+    rank = np.lexsort((row, group, list_time, user))
+    return Targets(row[rank], user[rank], list_time[rank], request[rank])
+
+
+def assign(targets: Targets, split: Split, cuts: CutOffs | None) -> Array:
+    """Split of each impression: [I] int8."""
+    if cuts is not None:
+        return np.where(targets.time >= cuts.test, TEST, np.where(targets.time >= cuts.validation, VALIDATION, TRAIN)).astype(np.int8)
+    n = np.bincount(targets.user)[targets.user] if len(targets.user) else np.zeros(0, np.int64)
+    if split.by == "leave_one_out":
+        first, second = n - 2, n - 1
+    else:
+        first = np.floor(n * (1 - split.validation - split.test) + 0.5 + 1e-9)
+        second = np.floor(n * (1 - split.test) + 0.5 + 1e-9)
+    own = np.where(targets.request == 0, targets.row, targets.request)
+    place = run_starts(targets.user, targets.time, own) - run_starts(targets.user)
+    return np.where(place >= second, TEST, np.where(place >= first, VALIDATION, TRAIN)).astype(np.int8)
+
+
+def train_ends(targets: Targets, split: Array, n_users: int, cuts: CutOffs | None) -> Ints:
+    """Moment before which a user's events are training data: [users]; NEVER if nothing is held out."""
+    if cuts is not None:
+        return np.full(n_users, cuts.validation, np.int64)
+    ends = np.full(n_users, NEVER, np.int64)
+    held = split != TRAIN
+    np.minimum.at(ends, targets.user[held], targets.time[held])
+    return ends
+
+
+def date_cut_offs(split: Split) -> CutOffs:
+    """Cut-offs of a split by date."""
+    assert split.validation_from is not None
+    assert split.test_from is not None
+    return CutOffs(_us(split.validation_from), _us(split.test_from))
+
+
+def _us(moment: datetime) -> int:
+    return round((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * SECOND)
+
+
+def histogram(times: Ints, unit: int) -> dict[int, int]:
+    """Impressions a unit of time (HOUR or SECOND): {start // unit: count}."""
+    units, counts = np.unique(times // unit, return_counts=True)
+    return dict(zip(units.tolist(), counts.tolist(), strict=True))
+
+
+def locate(counts: dict[int, int], share: float) -> tuple[int, float]:
+    """Unit in which the given share of the impressions ends, and the impressions left to go inside it."""
+    units = sorted(counts)
+    total = np.cumsum([counts[u] for u in units])
+    wanted = share * total[-1]
+    i = int(np.searchsorted(total, wanted, side="right"))
+    i = min(i, len(units) - 1)
+    return units[i], wanted - (total[i - 1] if i else 0)
+
+
+def refine(counts: dict[int, int], left: float) -> int:
+    """Start, in microseconds, of the second nearest to `left` impressions into the counted seconds."""
+    units = sorted(counts)
+    before = np.concatenate([[0], np.cumsum([counts[u] for u in units])])
+    i = int(np.argmin(np.abs(before - left)))
+    return (units[i] if i < len(units) else units[-1] + 1) * SECOND
+
+
+def check(rows: dict[str, int], split: Split) -> None:
+    """Refuse a split without validation or test impressions.
+
+    Raises:
+        DataError: says which part is empty.
+    """
+    empty = [name for name in ("train", "validation", "test") if not rows.get(name)]
+    if empty:
+        raise DataError(
+            f"no {' and no '.join(empty)} impressions after the split by {split.by} (got {rows}); "
+            "change data.split, or give a log that is longer in time"
+        )

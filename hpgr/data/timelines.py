@@ -1,0 +1,145 @@
+"""Ordered rows of a bucket -> encoded timelines, one row a user."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from hpgr.config import Data, Feature
+from hpgr.data.ordering import run_starts, user_codes
+from hpgr.data.split import CutOffs, Targets, assign, targets_of, train_ends
+from hpgr.data.validation import ITEM_HASH, USER_HASH
+from hpgr.data.vocabulary import Vocabulary, actions
+from hpgr.schema import (
+    FEATURE_PREFIX, IN_HISTORY, ITEM, LABEL, TIME, TRAIN, USER, Array, Ints, offsets_of, timeline_schema,
+)  # fmt: skip
+
+HISTORY_ROLES = ("item", "event", "user")
+TARGET_ROLES = ("item", "user", "candidate")
+
+
+def features_of(features: Sequence[Feature], stream: str, kind: str) -> list[Feature]:
+    """Features shown by a stream (`h_` or `t_`) of a kind (`cat` or `num`), in their column order."""
+    roles = HISTORY_ROLES if stream == "h_" else TARGET_ROLES
+    wanted = "categorical" if kind == "cat" else "numeric"
+    return [f for f in features if f.role in roles and f.kind == wanted]
+
+
+def training_rows(table: pa.Table, data: Data, cuts: CutOffs | None) -> tuple[Array, dict[str, Any]]:
+    """Which rows may inform vocabularies and statistics, and the account of the bucket's split.
+
+    A row counts if it is a training impression, or history before its user's end of training: [rows] booleans.
+    """
+    targets = targets_of(table)
+    split = assign(targets, data.split, cuts)
+    users = user_codes(table)
+    ends = train_ends(targets, split, int(users.max(initial=-1)) + 1, cuts)
+    time, in_history = table.column(TIME).to_numpy(), _flags(table, IN_HISTORY)
+    training = in_history & (time < ends[users])
+    training[targets.row[split == TRAIN]] = True
+    used = in_history.copy()
+    used[targets.row] = True
+    return training, _account(table, targets, split, used, users)
+
+
+def _account(table: pa.Table, targets: Targets, split: Array, used: Array, users: Ints) -> dict[str, Any]:
+    label = _labels(table)[targets.row]
+    time = table.column(TIME).to_numpy()
+    return {
+        "rows": [int((split == s).sum()) for s in range(3)],
+        "positives": [int(label[split == s].sum()) for s in range(3)],
+        "history_events": int(_flags(table, IN_HISTORY).sum()),
+        "unused": int((~used).sum()),
+        "users": len(np.unique(users[used])),
+        "first_time": int(time.min(initial=np.iinfo(np.int64).max)),
+        "last_time": int(time.max(initial=np.iinfo(np.int64).min)),
+    }
+
+
+def encode(table: pa.Table, vocabulary: Vocabulary, data: Data, cuts: CutOffs | None) -> pa.Table:
+    """Timelines of an ordered bucket; users whose rows no rule uses have none. Schema: `timeline_schema`."""
+    targets = targets_of(table)
+    split = assign(targets, data.split, cuts)
+    codes, time = user_codes(table), table.column(TIME).to_numpy()
+    n_users = int(codes.max(initial=-1)) + 1
+    history = np.flatnonzero(_flags(table, IN_HISTORY))
+    h_user, h_time = codes[history], time[history]
+    ends = train_ends(targets, split, n_users, cuts)
+    h_counts, t_counts = (np.bincount(u, minlength=n_users) for u in (h_user, targets.user))
+    h_start = offsets_of(h_counts)[:-1]
+
+    encoded_items = vocabulary.item_indices(table.column(ITEM).combine_chunks(), table.column(ITEM_HASH).to_numpy())
+    encoded_actions = vocabulary.category_indices("action", actions(table))
+    own = run_starts(targets.user, targets.time, np.where(targets.request == 0, targets.row, targets.request))
+    columns: dict[str, Array] = {
+        "h_item": encoded_items[history],
+        "h_time": h_time,
+        "h_action": encoded_actions[history],
+        "h_visible": run_starts(h_user, h_time) - h_start[h_user],
+        "t_item": encoded_items[targets.row],
+        "t_time": targets.time,
+        "t_visible": events_before(h_user, h_time, targets.user, targets.time),
+        "t_label": _labels(table)[targets.row],
+        "t_split": split,
+        "t_request": np.where(targets.request == 0, -1, own),
+    }
+    for stream, rows in (("h_", history), ("t_", targets.row)):
+        columns[stream + "cat"], columns[stream + "num"] = _features(table, rows, stream, vocabulary, data)
+    n_train = np.bincount(h_user[h_time < ends[h_user]], minlength=n_users)
+    users = _user_columns(table, codes, n_users) | {"train_end": ends, "n_train": n_train}
+    return _to_lists(users, columns, h_counts, t_counts, data)
+
+
+def events_before(h_user: Ints, h_time: Ints, t_user: Ints, t_time: Ints) -> Ints:
+    """How many of a user's history events are strictly before each moment: [I].
+
+    Histories must be ordered by (user, time); moments need not be.
+    """
+    h_start = np.searchsorted(h_user, t_user)
+    ranks = np.unique(np.concatenate([h_time, t_time]), return_inverse=True)[1].astype(np.int64)
+    span = len(h_time) + len(t_time) + 1
+    h_key, t_key = h_user * span + ranks[: len(h_time)], t_user * span + ranks[len(h_time) :]
+    return np.searchsorted(h_key, t_key, side="left") - h_start
+
+
+def _flags(table: pa.Table, name: str) -> Array:
+    return np.array(table.column(name).to_numpy(zero_copy_only=False), bool)
+
+
+def _labels(table: pa.Table) -> Array:
+    return table.column(LABEL).fill_null(-1).to_numpy().astype(np.int8)
+
+
+def _user_columns(table: pa.Table, codes: Ints, n_users: int) -> dict[str, Any]:
+    first = np.searchsorted(codes, np.arange(n_users))
+    rows = table.select([USER, USER_HASH]).take(pa.array(first))
+    return {"user": rows.column(USER).combine_chunks(), "user_hash": rows.column(USER_HASH).to_numpy()}
+
+
+def _features(table: pa.Table, rows: Ints, stream: str, vocabulary: Vocabulary, data: Data) -> tuple[Array, Array]:
+    def column(feature: Feature) -> pa.Array:
+        return table.column(FEATURE_PREFIX + feature.name).combine_chunks()
+
+    cat = [vocabulary.category_indices(FEATURE_PREFIX + f.name, column(f)) for f in features_of(data.features, stream, "cat")]
+    num = [vocabulary.standardise(FEATURE_PREFIX + f.name, column(f)) for f in features_of(data.features, stream, "num")]
+    return (
+        np.stack([c[rows] for c in cat], 1) if cat else np.zeros((len(rows), 0), np.int32),
+        np.stack([c[rows] for c in num], 1) if num else np.zeros((len(rows), 0), np.float32),
+    )
+
+
+def _to_lists(users: dict[str, Any], columns: dict[str, Array], h_counts: Ints, t_counts: Ints, data: Data) -> pa.Table:
+    widths = {s + k: len(features_of(data.features, s, k)) for s in ("h_", "t_") for k in ("cat", "num")}
+    schema = timeline_schema(widths)
+    arrays = []
+    for field in schema:
+        if not pa.types.is_list(field.type):
+            arrays.append(pa.array(users[field.name]).cast(field.type))
+            continue
+        lengths = (h_counts if field.name.startswith("h_") else t_counts) * widths.get(field.name, 1)
+        values = pa.array(np.ravel(columns[field.name])).cast(field.type.value_type)
+        arrays.append(pa.ListArray.from_arrays(pa.array(offsets_of(lengths), pa.int32()), values))
+    return pa.Table.from_arrays(arrays, schema=schema).filter(pa.array(h_counts + t_counts > 0))

@@ -1,0 +1,239 @@
+"""Raw rows -> canonical rows, and the rows that cannot be used with the reason why. Nothing is dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from hpgr.config import Data, Feature, Rule
+from hpgr.data.hashing import U64, combine, hash_text, mix
+from hpgr.data.rules import Mask, any_group, columns_of, holds, to_number
+from hpgr.data.sources import RAW_LINE
+from hpgr.errors import DataError
+from hpgr.schema import (
+    ACTION, FEATURE_PREFIX, IN_HISTORY, IS_TARGET, ITEM, LABEL, ORDER, REQUEST, TIME, USER,
+)  # fmt: skip
+
+USER_HASH, ITEM_HASH, CONTENT = "user_hash", "item_hash", "content"
+_UNIT_US = {"s": 1e6, "ms": 1e3, "us": 1.0, "ns": 1e-3}
+
+
+@dataclass(frozen=True)
+class Validated:
+    """Canonical rows, and quarantined ones as text with `reason` and `row` (position in the file)."""
+
+    rows: pa.Table
+    quarantined: pa.Table
+
+
+def needed_columns(data: Data) -> list[str]:
+    """Columns of the log that the configuration reads, each once."""
+    c = data.columns
+    names = [c.user, c.item, c.time, c.label, c.action, c.order, *(c.request or [])]
+    names += [f.column for f in data.features]
+    names += [*columns_of(data.impressions), *columns_of(data.history)]
+    return list(dict.fromkeys(n for n in names if n is not None))
+
+
+def validate(raw: pa.Table, first_row: int, data: Data) -> Validated:
+    """Check and convert one block of raw rows.
+
+    Raises:
+        DataError: a column's type can never be what it is mapped to.
+    """
+    if raw.column_names == [RAW_LINE]:
+        reasons = np.full(raw.num_rows, "unreadable line", object)
+        return Validated(empty_rows(data), _quarantine(raw, reasons, first_row))
+    reasons = np.full(raw.num_rows, None, object)
+    columns = {
+        USER: _ids(raw, data.columns.user, "user", reasons),
+        ITEM: _ids(raw, data.columns.item, "item", reasons),
+        TIME: pa.array(_times(raw.column(data.columns.time), data, reasons)),
+        LABEL: _labels(raw, data, reasons),
+        ACTION: _text_or_null(raw, data.columns.action),
+        REQUEST: pa.array(_request(raw, data.columns.request).view(np.int64)),
+        ORDER: pa.array(_order(raw, data.columns.order, reasons)),
+    }
+    for feature in data.features:
+        columns[FEATURE_PREFIX + feature.name] = _feature(raw, feature, reasons)
+    columns[IN_HISTORY] = pa.array(any_group(raw, data.history))
+    labelled = pc.is_valid(columns[LABEL]).to_numpy(zero_copy_only=False)
+    columns[IS_TARGET] = pa.array(any_group(raw, data.impressions) & labelled)
+    good = np.equal(reasons, None)
+    rows = pa.table(columns).filter(pa.array(good)).combine_chunks()
+    return Validated(_with_hashes(rows, data), _quarantine(raw, reasons, first_row))
+
+
+def empty_rows(data: Data) -> pa.Table:
+    """No rows, with the canonical schema."""
+    kinds = {USER: pa.string(), ITEM: pa.string(), TIME: pa.int64(), LABEL: pa.int8(), ACTION: pa.string(),
+             REQUEST: pa.int64(), ORDER: pa.float64()}  # fmt: skip
+    for f in data.features:
+        kinds[FEATURE_PREFIX + f.name] = pa.string() if f.kind == "categorical" else pa.float64()
+    kinds |= {IN_HISTORY: pa.bool_(), IS_TARGET: pa.bool_()}
+    kinds |= {USER_HASH: pa.uint64(), ITEM_HASH: pa.uint64(), CONTENT: pa.uint64()}
+    return pa.schema(list(kinds.items())).empty_table()
+
+
+def _quarantine(raw: pa.Table, reasons: npt.NDArray[np.object_], first_row: int) -> pa.Table:
+    bad = np.flatnonzero(np.not_equal(reasons, None))
+    values = raw.take(pa.array(bad))
+    text = pa.array([str(row) for row in values.to_pylist()], pa.string())
+    return pa.table({
+        "row": pa.array(bad + first_row, pa.int64()),
+        "reason": pa.array(reasons[bad], pa.string()),
+        "values": text,
+    })  # fmt: skip
+
+
+def _mark(reasons: npt.NDArray[np.object_], bad: Mask, reason: str) -> None:
+    reasons[bad & np.equal(reasons, None)] = reason
+
+
+def _nulls(column: pa.ChunkedArray) -> Mask:
+    return np.asarray(pc.is_null(column, nan_is_null=True), bool)
+
+
+def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+
+
+def _ids(raw: pa.Table, name: str, role: str, reasons: npt.NDArray[np.object_]) -> pa.Array:
+    """Ids as text: whole numbers and strings of the same digits are the same id."""
+    column = _plain(raw.column(name))
+    kind = column.type
+    if pa.types.is_floating(kind):
+        values = column.to_numpy()
+        _mark(reasons, _nulls(column), f"null {role} id")
+        whole = np.isfinite(values) & (np.floor(values) == values) & (np.abs(values) < 2**53)
+        _mark(reasons, ~whole, f"{role} id is not a whole number")
+        return pa.array(np.where(whole, values, 0).astype(np.int64)).cast(pa.string())
+    if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
+        raise DataError(f"column {name!r} ({role} ids) is {kind}; expected integers or text: cast it, or map another column")
+    text = column.cast(pa.string()).combine_chunks()
+    text = pa.concat_arrays(text.chunks) if isinstance(text, pa.ChunkedArray) else text
+    _mark(reasons, np.asarray(pc.fill_null(pc.equal(text, ""), True), bool), f"null {role} id")
+    return text
+
+
+def _times(column: pa.ChunkedArray, data: Data, reasons: npt.NDArray[np.object_]) -> npt.NDArray[np.int64]:
+    column = _plain(column)
+    _mark(reasons, _nulls(column), "null time")
+    micros, readable = _microseconds(column, data)
+    _mark(reasons, ~readable, "unreadable time")
+    low, high = (_utc_us(t) for t in (data.earliest, data.latest))
+    _mark(reasons, (micros < low) | (micros >= high), "time outside data.earliest and data.latest")
+    return np.where(readable, micros, 0)
+
+
+def _utc_us(moment: datetime) -> int:
+    aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return round(aware.timestamp() * 1e6)
+
+
+def _microseconds(column: pa.ChunkedArray, data: Data) -> tuple[npt.NDArray[np.int64], Mask]:
+    kind = column.type
+    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+        whole = column.cast(pa.timestamp("us", getattr(kind, "tz", None)), safe=False).cast(pa.int64())
+        return pc.fill_null(whole, 0).to_numpy(), ~_nulls(column)
+    if pa.types.is_integer(kind):
+        exact = pc.fill_null(column, 0).cast(pa.int64(), safe=False).to_numpy()
+        return _scaled(exact, data.time_unit), ~_nulls(column)
+    if not (pa.types.is_floating(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
+        raise DataError(f"column {data.columns.time!r} (time) is {kind}; expected a timestamp, a number or text")
+    numbers = to_number(column).to_numpy(zero_copy_only=False).astype(float)
+    micros = numbers * _UNIT_US[data.time_unit]
+    if not pa.types.is_floating(kind):
+        dates = pd.Series(np.where(np.isnan(numbers), column.to_numpy(zero_copy_only=False), None), dtype=object)
+        parsed = pd.to_datetime(dates, errors="coerce", utc=True, format="ISO8601")
+        known = parsed.notna().to_numpy()
+        micros[known] = parsed[known].dt.as_unit("us").astype(np.int64).to_numpy()
+    readable = np.isfinite(micros) & (np.abs(micros) < 2**62)
+    return np.where(readable, np.round(micros), 0).astype(np.int64), readable
+
+
+def _scaled(values: npt.NDArray[np.int64], unit: str) -> npt.NDArray[np.int64]:
+    if unit == "ns":
+        return values // 1000
+    factor = int(_UNIT_US[unit])
+    limit = 2**62 // factor
+    return np.clip(values, -limit, limit) * factor
+
+
+def _labels(raw: pa.Table, data: Data, reasons: npt.NDArray[np.object_]) -> pa.Array:
+    name = data.columns.label
+    if name is None:
+        return pa.nulls(raw.num_rows, pa.int8())
+    column = _plain(raw.column(name))
+    if data.label_rule is not None:
+        numeric = not isinstance(data.label_rule.value, str)
+        if numeric:
+            unreadable = ~_nulls(column) & _nulls(to_number(column))
+            _mark(reasons, unreadable, "label is not a number")
+        rule = Rule(column=name, op=data.label_rule.op, value=data.label_rule.value)
+        return pa.array(holds(column, rule).astype(np.int8), mask=_nulls(column))
+    numbers = to_number(column).to_numpy(zero_copy_only=False).astype(float)
+    empty = _nulls(column)
+    _mark(reasons, ~empty & ~np.isin(numbers, (0.0, 1.0)), "label is not 0 or 1")
+    return pa.array((numbers == 1.0).astype(np.int8), mask=empty)
+
+
+def _text_or_null(raw: pa.Table, name: str | None) -> pa.Array:
+    if name is None:
+        return pa.nulls(raw.num_rows, pa.string())
+    column = _plain(raw.column(name))
+    if pa.types.is_nested(column.type) or pa.types.is_binary(column.type):
+        raise DataError(f"column {name!r} is {column.type}; expected text or numbers")
+    return column.cast(pa.string()).combine_chunks()
+
+
+def _request(raw: pa.Table, names: Sequence[str] | None) -> U64:
+    """Key of the list an impression was shown in; 0 where there is none."""
+    if not names:
+        return np.zeros(raw.num_rows, np.uint64)
+    keys = [hash_text(_text_or_null(raw, name)) for name in names]
+    return np.where(np.logical_and.reduce([k != 0 for k in keys]), combine(*keys), np.uint64(0))
+
+
+def _order(raw: pa.Table, name: str | None, reasons: npt.NDArray[np.object_]) -> npt.NDArray[np.float64]:
+    if name is None:
+        return np.zeros(raw.num_rows)
+    numbers = to_number(_plain(raw.column(name))).to_numpy(zero_copy_only=False).astype(float)
+    _mark(reasons, ~np.isfinite(numbers), "order is not a finite number")
+    return np.nan_to_num(numbers)
+
+
+def _feature(raw: pa.Table, feature: Feature, reasons: npt.NDArray[np.object_]) -> pa.Array:
+    if feature.kind == "categorical":
+        return _text_or_null(raw, feature.column)
+    column = _plain(raw.column(feature.column))
+    numbers = to_number(column).to_numpy(zero_copy_only=False).astype(float)
+    _mark(reasons, np.isinf(numbers) | (np.isnan(numbers) & ~_nulls(column)), f"feature {feature.name} is not a finite number")
+    if feature.transform == "log1p":
+        _mark(reasons, numbers <= -1, f"feature {feature.name} is too small for log1p")
+        with np.errstate(invalid="ignore", divide="ignore"):
+            numbers = np.log1p(numbers)
+    return pa.array(numbers, from_pandas=True)
+
+
+def _with_hashes(rows: pa.Table, data: Data) -> pa.Table:
+    """Hashes that shard, order and compare rows. `content` covers every mapped value but user, item and time."""
+    label = pc.fill_null(rows.column(LABEL), -1).to_numpy()
+    keys = [label, rows.column(REQUEST).to_numpy(), rows.column(IN_HISTORY).to_numpy(), rows.column(IS_TARGET).to_numpy(),
+            hash_text(rows.column(ACTION)), rows.column(ORDER).to_numpy().view(np.uint64)]  # fmt: skip
+    for feature in data.features:
+        column = rows.column(FEATURE_PREFIX + feature.name)
+        if feature.kind == "categorical":
+            keys.append(hash_text(column))
+        else:
+            keys.append(pc.fill_null(column, -1e300).to_numpy().view(np.uint64))
+    rows = rows.append_column(USER_HASH, pa.array(hash_text(rows.column(USER))))
+    rows = rows.append_column(ITEM_HASH, pa.array(mix(hash_text(rows.column(ITEM)))))
+    return rows.append_column(CONTENT, pa.array(combine(*keys)))

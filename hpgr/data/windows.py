@@ -1,0 +1,117 @@
+"""Cut long timelines into windows so that memory is bounded and every impression appears exactly once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import pyarrow as pa
+
+from hpgr.config import Stream
+from hpgr.data.hashing import combine
+from hpgr.data.ordering import run_starts
+from hpgr.schema import Array, Ints, Timelines, ranges
+
+
+@dataclass(frozen=True)
+class Windows:
+    """An index of W windows. History events [start, stop) and impressions [t_start, t_stop) of a timeline.
+
+    `bucket` and `row` find the timeline; impressions are numbered inside it. `key` names the window.
+    A stage 1 window has no impressions; a stage 2 window's impressions all belong to one split.
+    """
+
+    bucket: Ints
+    row: Ints
+    start: Ints
+    stop: Ints
+    t_start: Ints
+    t_stop: Ints
+    key: Ints
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    @property
+    def tokens(self) -> Ints:
+        """History events and impressions of each window: [W]."""
+        return (self.stop - self.start) + (self.t_stop - self.t_start)
+
+    def take(self, index: Array) -> Windows:
+        return Windows(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+    def to_table(self) -> pa.Table:
+        return pa.table({f.name: getattr(self, f.name) for f in fields(self)})
+
+    @classmethod
+    def from_table(cls, table: pa.Table) -> Windows:
+        return cls(**{f.name: table.column(f.name).to_numpy() for f in fields(cls)})
+
+
+def training_windows(timelines: Timelines, stream: Stream, bucket: int) -> Windows:
+    """Stage 1: the history before the training cut-off in pieces of `window`, counted back from its end."""
+    pieces = -(-timelines.n_train // stream.window)
+    row = np.repeat(np.arange(len(timelines)), pieces)
+    from_end = ranges(np.zeros(len(pieces), np.int64), pieces)
+    stop = timelines.n_train[row] - from_end * stream.window
+    start = np.maximum(0, stop - stream.window)
+    nothing = np.zeros(len(row), np.int64)
+    return _build(timelines, bucket, row, start, stop, nothing, nothing)
+
+
+def impression_windows(timelines: Timelines, stream: Stream, bucket: int, split: int) -> Windows:
+    """Stage 2: windows `stride` apart that together hold each impression of the split once.
+
+    An impression with c past events is served by the window that ends at the first multiple of the stride
+    (counted from `window`) at or after c, so it sees min(c, window - stride + 1 ... window) of them, and which
+    ones depends on c alone: not on the future, the batch or the split. Impressions of one window are at
+    most `window`; more go to further windows over the same history.
+    """
+    user = np.repeat(np.arange(len(timelines)), np.diff(timelines.t_offsets))
+    chosen = np.flatnonzero(timelines.t_split == split)
+    user, seen = user[chosen], timelines.t_visible[chosen].astype(np.int64)
+    step = np.maximum(0, -(-(seen - stream.window) // stream.stride))
+    gap = np.cumsum(np.diff(chosen, prepend=-1) > 1)
+    run = run_starts(user, step, gap)
+    piece = (np.arange(len(chosen)) - run) // stream.window
+    first = np.flatnonzero(np.diff(run_starts(run, piece), prepend=-1) > 0) if len(chosen) else np.zeros(0, np.int64)
+    last = np.append(first[1:], len(chosen))[: len(first)] - 1
+    start = step[first] * stream.stride
+    stop = np.maximum(start, seen[last])
+    inside = timelines.t_offsets[user[first]]
+    return _build(timelines, bucket, user[first], start, stop, chosen[first] - inside, chosen[last] + 1 - inside)
+
+
+def _build(timelines: Timelines, bucket: int, row: Ints, start: Ints, stop: Ints, t_start: Ints, t_stop: Ints) -> Windows:
+    key = combine(timelines.user_hash[row], start, t_start).view(np.int64)
+    return Windows(np.full(len(row), bucket, np.int64), row, start, stop, t_start, t_stop, key)
+
+
+def next_item_windows(timelines: Timelines, stream: Stream, bucket: int, split: int) -> tuple[Windows, Ints]:
+    """Stage 1 as a next-item model: one window a user, its history before the split's first event of history.
+
+    Returns the windows and the item to find. Users without such an event, or without any past, have none.
+    The event is the first one at or after the split begins for the user [D].
+    """
+    begins = split_begins(timelines, split)
+    user = np.repeat(np.arange(len(timelines)), np.diff(timelines.h_offsets))
+    before = timelines.h_time < begins[user]
+    seen = np.bincount(user[before], minlength=len(timelines))
+    row = np.flatnonzero((seen > 0) & (seen < np.diff(timelines.h_offsets)) & (begins > 0))
+    target = timelines.h_offsets[row] + seen[row]
+    stop = timelines.h_visible[target].astype(np.int64)
+    some = stop > 0
+    row, target, stop = row[some], target[some], stop[some]
+    start, nothing = np.maximum(0, stop - (stream.window - 1)), np.zeros(len(row), np.int64)
+    return _build(timelines, bucket, row, start, stop, nothing, nothing), timelines.h_item[target].astype(np.int64)
+
+
+def split_begins(timelines: Timelines, split: int) -> Ints:
+    """Time of each user's first impression of the split: [U]; 0 where there is none."""
+    never = np.iinfo(np.int64).max
+    user = np.repeat(np.arange(len(timelines)), np.diff(timelines.t_offsets))
+    begins = np.full(len(timelines), never, np.int64)
+    held = timelines.t_split == split
+    np.minimum.at(begins, user[held], timelines.t_time[held])
+    return np.where(begins == never, 0, begins)
+
