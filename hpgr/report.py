@@ -271,7 +271,7 @@ def _section_clicks(data: ReportData) -> Section:
         )
     caption = (
         f"{len(label):,} test impressions. Right: click rate over mean prediction in bins of equal size, "
-        "with Wilson intervals; under it the density of the scores. Below the diagonal the model overestimates."
+        "with Wilson intervals; under it the scores' density. Below the diagonal the model overestimates."
     )
     blocks.append(Drawing("", plots.click_quality(roc_points(score, label), area, bins), caption))
     return Section("clicks", title, blocks)

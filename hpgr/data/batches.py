@@ -11,7 +11,7 @@ from hpgr.data.hashing import combine, uniform
 from hpgr.data.masks import session_masks
 from hpgr.data.sessions import session_numbers
 from hpgr.data.windows import Windows
-from hpgr.schema import MASK, Array, Batch, Ints, Timelines, offsets_of, ranges
+from hpgr.schema import Array, Batch, Ints, Timelines, offsets_of, ranges
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,17 @@ class Assembler:
         self.timelines = Timelines.from_table(pa.concat_tables([tables[b] for b in self.buckets]))
         self.session = session_numbers(self.timelines.h_time, self.timelines.h_offsets, gap_minutes)
 
+    def rows(self, windows: Windows) -> Ints:
+        """Timeline of each window: [W]."""
+        return np.asarray(self.first_row[np.searchsorted(self.buckets, windows.bucket)] + windows.row)
+
     def batch(self, windows: Windows, masking: Masking | None = None, targets: bool = True) -> Batch:
         """The batch of these windows (rows in their order). `targets=False` leaves impressions out.
 
         With `masking`, events are hidden and rows drawn causal or not; without, nothing is hidden.
         """
         t = self.timelines
-        row = self.first_row[np.searchsorted(self.buckets, windows.bucket)] + windows.row
+        row = self.rows(windows)
         h_len = windows.stop - windows.start
         t_len = windows.t_stop - windows.t_start if targets else np.zeros_like(h_len)
         h = ranges(t.h_offsets[row] + windows.start, h_len)
@@ -98,30 +102,44 @@ def _from_zero(session: Ints, lengths: Ints) -> Ints:
     return session - np.repeat(session[first] if len(session) else first, lengths)
 
 
-def with_mask_appended(batch: Batch) -> Batch:
-    """The batch as next-item queries: a hidden event after each history, at the time of its last event.
+def next_item_batch(assembler: Assembler, windows: Windows) -> Batch:
+    """Histories as next-item queries: after each, a hidden event at the time of its last event.
 
-    It belongs to the last session and sees the whole history. Batches must have no impressions.
+    The hidden event belongs to the last session and sees the whole history; its truth is the event that follows
+    the window. The user's whole past (not only the window) comes as the impressions' items, for filtering.
     """
-    assert not batch.t_lengths.any()
+    t = assembler.timelines
+    batch = assembler.batch(windows, targets=False)
+    row = assembler.rows(windows)
+    truth = t.h_item[t.h_offsets[row] + windows.stop]
+    past = ranges(t.h_offsets[row], windows.stop)
     ends = offsets_of(batch.h_lengths)[1:]
 
     def append(values: Array, last: Array) -> Array:
         return np.insert(values, ends, last, axis=0)
 
-    last = ends - 1
-    rows = len(batch)
+    last, n = ends - 1, len(batch)
+    nothing = np.zeros(len(past), np.int64)
     return replace(
         batch,
         h_lengths=batch.h_lengths + 1,
-        h_item=append(batch.h_item, np.full(rows, MASK)),
+        h_item=append(batch.h_item, truth),
         h_time=append(batch.h_time, batch.h_time[last]),
-        h_action=append(batch.h_action, np.zeros(rows)),
+        h_action=append(batch.h_action, np.zeros(n)),
         h_visible=append(batch.h_visible, batch.h_lengths),
         h_session=append(batch.h_session, batch.h_session[last]),
-        h_masked=append(batch.h_masked, np.ones(rows, bool)),
-        h_cat=append(batch.h_cat, np.zeros((rows, batch.h_cat.shape[1]))),
-        h_num=append(batch.h_num, np.full((rows, batch.h_num.shape[1]), np.nan)),
+        h_masked=append(batch.h_masked, np.ones(n, bool)),
+        h_cat=append(batch.h_cat, np.zeros((n, batch.h_cat.shape[1]))),
+        h_num=append(batch.h_num, np.full((n, batch.h_num.shape[1]), np.nan)),
+        t_lengths=windows.stop,
+        t_item=t.h_item[past],
+        t_time=t.h_time[past],
+        t_visible=nothing,
+        t_label=nothing - 1,
+        t_request=nothing - 1,
+        t_past=nothing,
+        t_cat=np.zeros((len(past), batch.t_cat.shape[1]), np.int32),
+        t_num=np.zeros((len(past), batch.t_num.shape[1]), np.float32),
     )
 
 
@@ -133,3 +151,36 @@ def worker_rows(batch: Ints, rank: int, world: int) -> tuple[Ints, bool]:
     own = batch[rank::world]
     return (own, True) if len(own) else (batch[:1], False)
 
+
+def mock_batch(rows: int, history: int, targets: int, widths: dict[str, int]) -> Batch:
+    """The heaviest batch a plan allows, with invented content: run first, it finds a lack of memory early.
+
+    Args:
+        rows, history, targets: its padded shape.
+        widths: features of h_cat, h_num, t_cat and t_num.
+    """
+    h, t = rows * history, rows * targets
+    place = np.tile(np.arange(history), rows)
+    return Batch(
+        user=pa.array(["mock"] * rows),
+        row_key=np.arange(rows),
+        causal=np.arange(rows) % 2 == 0,
+        h_lengths=np.full(rows, history),
+        t_lengths=np.full(rows, targets),
+        h_item=np.ones(h, np.int64),
+        h_time=place * 60_000_000,
+        h_action=np.zeros(h, np.int64),
+        h_visible=place,
+        h_session=place // 10,
+        h_masked=place % 5 == 0,
+        h_cat=np.zeros((h, widths["h_cat"]), np.int32),
+        h_num=np.zeros((h, widths["h_num"]), np.float32),
+        t_item=np.ones(t, np.int64),
+        t_time=np.full(t, history * 60_000_000),
+        t_visible=np.full(t, history),
+        t_label=np.zeros(t, np.int8),
+        t_request=np.full(t, -1),
+        t_past=np.full(t, history),
+        t_cat=np.zeros((t, widths["t_cat"]), np.int32),
+        t_num=np.zeros((t, widths["t_num"]), np.float32),
+    )

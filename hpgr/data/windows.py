@@ -87,23 +87,20 @@ def _build(timelines: Timelines, bucket: int, row: Ints, start: Ints, stop: Ints
     return Windows(np.full(len(row), bucket, np.int64), row, start, stop, t_start, t_stop, key)
 
 
-def next_item_windows(timelines: Timelines, stream: Stream, bucket: int, split: int) -> tuple[Windows, Ints]:
+def next_item_windows(timelines: Timelines, stream: Stream, bucket: int, split: int) -> Windows:
     """Stage 1 as a next-item model: one window a user, its history before the split's first event of history.
 
-    Returns the windows and the item to find. Users without such an event, or without any past, have none.
-    The event is the first one at or after the split begins for the user [D].
+    The item to find is the event right after the window: the first one at or after the split begins for the
+    user [D]. Users without such an event, or without any past, have no window.
     """
     begins = split_begins(timelines, split)
     user = np.repeat(np.arange(len(timelines)), np.diff(timelines.h_offsets))
     before = timelines.h_time < begins[user]
     seen = np.bincount(user[before], minlength=len(timelines))
     row = np.flatnonzero((seen > 0) & (seen < np.diff(timelines.h_offsets)) & (begins > 0))
-    target = timelines.h_offsets[row] + seen[row]
-    stop = timelines.h_visible[target].astype(np.int64)
-    some = stop > 0
-    row, target, stop = row[some], target[some], stop[some]
+    stop = seen[row]
     start, nothing = np.maximum(0, stop - (stream.window - 1)), np.zeros(len(row), np.int64)
-    return _build(timelines, bucket, row, start, stop, nothing, nothing), timelines.h_item[target].astype(np.int64)
+    return _build(timelines, bucket, row, start, stop, nothing, nothing)
 
 
 def split_begins(timelines: Timelines, split: int) -> Ints:

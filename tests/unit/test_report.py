@@ -6,6 +6,7 @@ import base64
 import itertools
 import re
 from dataclasses import replace
+from functools import cache
 from html.parser import HTMLParser
 
 import matplotlib
@@ -15,8 +16,6 @@ import pytest
 
 from hpgr.report import ReportData, render_report, summary_text
 
-EVIL = "<script>alert(1)</script>"
-ESCAPED = "&lt;script&gt;alert(1)&lt;/script&gt;"
 DAY = 86_400_000_000
 
 
@@ -93,6 +92,16 @@ def full() -> ReportData:
     )
 
 
+def light() -> ReportData:
+    """Everything but the parts that are slow to draw."""
+    return replace(full(), scores=None, curves=(), sessions={})
+
+
+@cache
+def full_page() -> str:
+    return render_report(full())
+
+
 class Page(HTMLParser):
     """Tags, visible words and addresses of a page; fails on tags that do not nest."""
 
@@ -124,7 +133,7 @@ class Page(HTMLParser):
 
 
 def test_page_is_self_contained_and_its_contents_lead_somewhere():
-    page = Page(render_report(full()))
+    page = Page(full_page())
     assert not {"script", "link", "iframe"} & set(page.tags)
     anchors = [link[1:] for link in page.links if link.startswith("#")]
     assert anchors == page.ids
@@ -132,11 +141,11 @@ def test_page_is_self_contained_and_its_contents_lead_somewhere():
     others = [link for link in page.links if not link.startswith("#")]
     assert others
     assert all(link.startswith("data:image/svg+xml;base64,") for link in others)
-    assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", render_report(full()))
+    assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", full_page())
 
 
 def test_figures_of_the_run_are_on_the_page():
-    words = " ".join(Page(render_report(full())).words.split())
+    words = " ".join(Page(full_page()).words.split())
     for text in (
         "0.7321",  # headline
         "+0.0778 to popularity 0.6543",  # best baseline a real system could use, not the oracle
@@ -154,36 +163,34 @@ def test_figures_of_the_run_are_on_the_page():
 def test_rows_that_do_not_add_up_are_called_out():
     data = full()
     broken = {**data.metrics, "data": {**data.metrics["data"], "kept": 980}}
-    assert "does not add up, +10 rows are unexplained" in render_report(replace(data, metrics=broken))
+    assert "does not add up, +10 rows are unexplained" in render_report(replace(light(), metrics=broken))
 
 
-@pytest.mark.parametrize(
-    "where", ["name", "run", "reason", "split", "baseline", "versions", "config", "vocabulary"]
-)
-def test_text_from_outside_is_escaped(where):
-    data = full()
-    changed = {
-        "name": {"name": EVIL},
-        "run": {"run": EVIL},
-        "reason": {"account": {"quarantined": {EVIL: 1}}},
-        "split": {"account": {"splits": {EVIL: {"rows": EVIL, "from": EVIL}}}},
-        "baseline": {"metrics": {**data.metrics, "baselines": {EVIL: 0.6}}},
-        "versions": {"metrics": {**data.metrics, "versions": {"x": EVIL}}},
-        "config": {"config_yaml": EVIL},
-        "vocabulary": {"account": {EVIL: {EVIL: EVIL}}},
-    }[where]
-    html = render_report(replace(data, **changed))
-    assert ESCAPED in html or ESCAPED.replace("<", "") in html or "&lt;script&gt;" in html.lower()
+def test_text_from_outside_is_escaped():
+    evil = [f"<script>alert({i})</script>" for i in range(11)]
+    data = ReportData(
+        name=evil[0],
+        run=evil[1],
+        metrics={
+            **full().metrics,
+            "baselines": {evil[2]: 0.6},
+            "versions": {evil[3]: evil[4]},
+            "data": {evil[5]: 1},
+        },
+        account={"quarantined": {evil[6]: 1}, "splits": {evil[7]: {"from": evil[8]}}, "other": {evil[9]: 1}},
+        config_yaml=evil[10],
+    )
+    html = render_report(data)
+    assert [i for i in range(11) if f"&lt;script&gt;alert({i})&lt;/script&gt;" not in html] == []
     assert "<script" not in html.lower()
     Page(html)
 
 
 def test_equal_data_give_equal_pages_and_leave_matplotlib_as_it_was():
     before = dict(matplotlib.rcParams)
-    html = render_report(full())
-    assert html == render_report(full())
+    assert full_page() == render_report(full())
     assert dict(matplotlib.rcParams) == before
-    for picture in re.findall(r"base64,([A-Za-z0-9+/=]+)", html):
+    for picture in re.findall(r"base64,([A-Za-z0-9+/=]+)", full_page()):
         assert b"<dc:date>" not in base64.b64decode(picture)
 
 
@@ -203,25 +210,25 @@ def test_nothing_at_all_is_said_in_words():
         assert text in words
 
 
-PARTS = ("metrics", "curves", "scores", "account", "sessions", "config_yaml")
+PARTS = ("metrics", "account", "config_yaml")
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_each_part_may_be_missing(part):
-    Page(render_report(replace(full(), **{part: getattr(ReportData("", ""), part)})))
+    Page(render_report(replace(light(), **{part: getattr(ReportData("", ""), part)})))
 
 
 @pytest.mark.parametrize("key", ["data", "stage1", "stage2", "baselines", "seconds", "seed", "versions"])
 @pytest.mark.parametrize("value", [None, {}])
 def test_each_metric_may_be_missing(key, value):
-    Page(render_report(replace(full(), metrics={**full().metrics, key: value})))
+    Page(render_report(replace(light(), metrics={**full().metrics, key: value})))
 
 
 @pytest.mark.parametrize("clicked", [False, True])
 def test_one_class_is_said_in_words(clicked):
     undefined = {"auc": None, "gauc": None, "log_loss": 0.3, "calibration": None, "n": 400, "positives": 0}
     metrics = {**full().metrics, "stage2": {"test": undefined}}
-    words = Page(render_report(replace(full(), scores=scores(clicked=clicked), metrics=metrics))).words
+    words = Page(render_report(replace(light(), scores=scores(clicked=clicked), metrics=metrics))).words
     assert f"All 400 test impressions were {'clicked' if clicked else 'not clicked'}" in words
     assert "one class only" in words
     assert "model has no test AUC" in words
@@ -244,7 +251,7 @@ def odd_tables() -> dict[str, pa.Table]:
 
 @pytest.mark.parametrize("name", odd_tables())
 def test_odd_scores_do_not_break_the_page(name):
-    Page(render_report(replace(full(), scores=odd_tables()[name])))
+    Page(render_report(replace(light(), scores=odd_tables()[name])))
 
 
 @pytest.mark.parametrize(
@@ -257,12 +264,12 @@ def test_odd_scores_do_not_break_the_page(name):
     ],
 )
 def test_odd_curves_do_not_break_the_page(logged):
-    Page(render_report(replace(full(), curves=logged)))
+    Page(render_report(replace(light(), curves=logged)))
 
 
 def test_histogram_with_wrong_edges_is_left_out():
     sessions = {"events_per_session": {"edges": [0, 1], "counts": [1, 2]}}
-    assert "kept no session statistics" in render_report(replace(full(), sessions=sessions))
+    assert "kept no session statistics" in render_report(replace(light(), sessions=sessions))
 
 
 COMMANDS = ["python -m jobs.two_stage " + " ".join(f"--set a.b{i}=c" for i in range(20)), "less runs/a-run/x"]

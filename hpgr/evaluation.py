@@ -1,0 +1,103 @@
+"""Scores and ranks of held-out data: the one way in which validation, test and batch scoring use a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from hpgr.data.hashing import hash_text
+from hpgr.data.stream import Step
+from hpgr.metrics import ClickScores, RankSums
+from hpgr.model.hpgr import ClickModel, MaskedItemModel
+from hpgr.model.inputs import Inputs, pad, unpad
+from hpgr.schema import Array
+
+
+def score(model: ClickModel, steps: Iterable[Step], device: torch.device) -> pa.Table:
+    """Probability of a click for every impression of the steps' batches.
+
+    Returns:
+        columns user, user_hash, item (index), time (microseconds), label, request, past (history events before
+        the impression), score; one row an impression.
+    """
+    model.eval()
+    parts = []
+    for step in steps:
+        if not step.real:
+            continue
+        batch = step.batch
+        inputs = pad(batch, device)
+        with torch.no_grad():
+            probability = torch.sigmoid(model(inputs).scores)
+        row = np.repeat(np.arange(len(batch)), batch.t_lengths)
+        user = batch.user.take(pa.array(row))
+        parts.append(pa.table({
+            "user": user, "user_hash": pa.array(hash_text(user)),
+            "item": pa.array(batch.t_item, pa.int32()), "time": pa.array(batch.t_time, pa.int64()),
+            "label": pa.array(batch.t_label, pa.int8()), "request": pa.array(batch.t_request, pa.int64()),
+            "past": pa.array(batch.t_past, pa.int64()), "score": pa.array(unpad(probability, inputs.c_real), pa.float32()),
+        }))  # fmt: skip
+    return pa.concat_tables(parts) if parts else SCORES.empty_table()
+
+
+SCORES = pa.schema([
+    ("user", pa.string()), ("user_hash", pa.uint64()), ("item", pa.int32()), ("time", pa.int64()), ("label", pa.int8()),
+    ("request", pa.int64()), ("past", pa.int64()), ("score", pa.float32()),
+])  # fmt: skip
+
+
+def click_scores(scores: pa.Table) -> ClickScores:
+    """The labelled rows of a score table as mergeable metrics."""
+    keep = scores.filter(pa.array(scores.column("label").to_numpy() >= 0))
+    return ClickScores(
+        score=keep.column("score").to_numpy(),
+        label=keep.column("label").to_numpy(),
+        user=keep.column("user_hash").to_numpy(),
+        request=keep.column("request").to_numpy(),
+    )
+
+
+def rank_next_items(model: MaskedItemModel, steps: Iterable[Step], device: torch.device, filter_seen: bool) -> RankSums:
+    """Rank of each user's next event among the whole catalogue, by the hidden event appended to its history.
+
+    `filter_seen` leaves the user's past items out (never the target). A target outside the catalogue ranks last.
+    Equal scores go to the lower index.
+    """
+    model.eval()
+    total = RankSums.from_ranks(np.zeros(0, np.int64), np.zeros(0, bool))
+    for step in steps:
+        if not step.real:
+            continue
+        inputs = pad(step.batch, device)
+        with torch.no_grad():
+            rank, seen = _ranks(model, inputs, filter_seen)
+        total = total + RankSums.from_ranks(rank, seen)
+    return total
+
+
+def _ranks(model: MaskedItemModel, x: Inputs, filter_seen: bool) -> tuple[Array, Array]:
+    rows = torch.arange(len(x.h_item), device=x.h_item.device)
+    last = x.h_real.sum(1) - 1
+    logits = model.catalogue_logits(model.encode(x)[rows, last]).float()
+    size, truth = logits.shape[1], x.h_item[rows, last] - model.first_item
+    known, target = truth >= 0, truth.clamp(min=0)
+    past = torch.where(x.c_real, x.c_item - model.first_item, -1)
+    seen = ((past == truth[:, None]) & (past >= 0)).any(1)
+    wanted = logits.gather(1, target[:, None])
+    if filter_seen:
+        logits = _without(logits, past)
+    place = torch.arange(size, device=logits.device)
+    ahead = (logits > wanted) | ((logits == wanted) & (place < target[:, None]))
+    ahead[rows, target] = False
+    rank = torch.where(known, 1 + ahead.sum(1), size + 1)
+    return rank.cpu().numpy(), seen.cpu().numpy()
+
+
+def _without(logits: Tensor, past: Tensor) -> Tensor:
+    """Logits with past items (index -1 = none) at minus infinity."""
+    padded = torch.cat([logits, logits.new_zeros(len(logits), 1)], 1)
+    return padded.scatter(1, past % padded.shape[1], float("-inf"))[:, :-1]

@@ -1,0 +1,126 @@
+"""Events and candidates as vectors: item + action + side features + time, in one space for both stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hpgr.config import Model
+from hpgr.model.inputs import Inputs
+from hpgr.model.noise import Dropout, Noise
+from hpgr.model.timing import time_before, time_bucket
+from hpgr.schema import MASK, NO_ACTION, PAD
+
+MATCH_COUNTS = 6
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a model must know of the prepared log: table sizes, and features by stream in column order.
+
+    `categories` maps a categorical feature to its number of indices; `first_item` is where the catalogue begins
+    in the item table of `items` rows; `actions` counts action indices; `base_rate` is the training click rate.
+    """
+
+    items: int
+    first_item: int
+    actions: int
+    categories: dict[str, int]
+    h_cat: tuple[str, ...]
+    h_num: tuple[str, ...]
+    t_cat: tuple[str, ...]
+    t_num: tuple[str, ...]
+    base_rate: float
+
+
+class Features(nn.Module):
+    """Sum of a token's side features; tables are shared by the streams that show the same feature."""
+
+    def __init__(self, sizes: Sizes, width: int) -> None:
+        super().__init__()
+        shown = set(sizes.h_cat) | set(sizes.t_cat)
+        self.tables = nn.ModuleDict({_key(n): nn.Embedding(s, width) for n, s in sizes.categories.items() if n in shown})
+        numeric = dict.fromkeys([*sizes.h_num, *sizes.t_num])
+        self.slopes = nn.ParameterDict({_key(n): nn.Parameter(torch.randn(width) * 0.02) for n in numeric})
+        self.missing = nn.ParameterDict({_key(n): nn.Parameter(torch.zeros(width)) for n in numeric})
+
+    def forward(self, cat: Tensor, num: Tensor, cat_names: tuple[str, ...], num_names: tuple[str, ...]) -> Tensor | float:
+        """[B, T, F] categorical indices and [B, T, G] standardised numbers (NaN = missing) -> [B, T, D]."""
+        out: Tensor | float = 0.0
+        for i, name in enumerate(cat_names):
+            out = out + self.tables[_key(name)](cat[..., i])
+        for i, name in enumerate(num_names):
+            gone = num[..., i, None].isnan()
+            out = out + torch.where(gone, self.missing[_key(name)], num[..., i, None].nan_to_num() * self.slopes[_key(name)])
+        return out
+
+
+def _key(name: str) -> str:
+    """Module names may not hold dots."""
+    return "f_" + name.replace(".", "_")
+
+
+class EventEncoder(nn.Module):
+    """Tokens of both streams. Stage 1 trains it, stage 2 inherits it.
+
+    A masked event shows the MASK item and its time, and neither action nor features [D].
+    """
+
+    def __init__(self, config: Model, sizes: Sizes) -> None:
+        super().__init__()
+        self.sizes, self.buckets = sizes, config.time_buckets
+        self.item = nn.Embedding(sizes.items, config.width, padding_idx=PAD)
+        self.action = nn.Embedding(sizes.actions, config.width, padding_idx=NO_ACTION)
+        self.gap = nn.Embedding(config.time_buckets + 1, config.width)
+        self.features = Features(sizes, config.width)
+        self.norm = nn.LayerNorm(config.width)
+        self.dropout = Dropout(config.dropout)
+        for table in self.modules():
+            if isinstance(table, nn.Embedding):
+                nn.init.normal_(table.weight, std=0.02)
+                if table.padding_idx is not None:
+                    nn.init.zeros_(table.weight[table.padding_idx])
+
+    def history(self, x: Inputs, noise: Noise | None) -> Tensor:
+        """History tokens: [B, N, D]."""
+        shown = ~x.h_masked[..., None]
+        token = self.item(x.h_item.masked_fill(x.h_masked, MASK))
+        token = token + self.action(x.h_action) * shown + self._gap(x.h_time, x, x.h_visible)
+        extra = self.features(x.h_cat, x.h_num, self.sizes.h_cat, self.sizes.h_num)
+        return self.dropout(self.norm(token + extra * shown), noise)
+
+    def candidates(self, x: Inputs, noise: Noise | None, match: Tensor | float) -> Tensor:
+        """Candidate tokens, never with action or label: [B, M, D]. `match` is added as it is."""
+        token = self.item(x.c_item) + self._gap(x.c_time, x, x.c_visible) + match
+        token = token + self.features(x.c_cat, x.c_num, self.sizes.t_cat, self.sizes.t_num)
+        return self.dropout(self.norm(token), noise, stream=1)
+
+    def _gap(self, time: Tensor, x: Inputs, visible: Tensor) -> Tensor:
+        """Time since the last visible event; index 0 is "there is none"."""
+        bucket = 1 + time_bucket(time - time_before(x.h_time, visible), self.buckets)
+        return torch.as_tensor(self.gap(bucket * (visible > 0)))
+
+
+class MatchFeatures(nn.Module):
+    """How often and how recently the user engaged with a candidate, in the visible past [D].
+
+    Exact matches that attention would have to find by dot product; unknown items match by their hash bucket.
+    """
+
+    def __init__(self, config: Model) -> None:
+        super().__init__()
+        self.buckets = config.time_buckets
+        self.count = nn.Embedding(MATCH_COUNTS, config.width)
+        self.age = nn.Embedding(config.time_buckets + 1, config.width)
+        for table in (self.count, self.age):
+            nn.init.zeros_(table.weight)
+
+    def forward(self, x: Inputs, same: Tensor) -> Tensor:
+        """`same` [B, M, N] marks visible past events with the candidate's item -> [B, M, D]."""
+        n = same.sum(-1)
+        last = torch.where(same, x.h_time[:, None, :], 0).amax(-1)
+        bucket = 1 + time_bucket(x.c_time - last, self.buckets)
+        count = torch.log2(1 + n.float()).ceil().long().clamp(max=MATCH_COUNTS - 1)
+        return torch.as_tensor(self.count(count) + self.age(bucket * (n > 0)))

@@ -1,0 +1,154 @@
+"""The models of both stages: MaskedItemModel (stage 1) and ClickModel (stage 2)."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hpgr.config import Config
+from hpgr.model.embedding import EventEncoder, MatchFeatures, Sizes
+from hpgr.model.hstu import HstuEncoder, Relation, relate
+from hpgr.model.inputs import Inputs
+from hpgr.model.noise import Noise, number_sites
+from hpgr.model.pgsa import gaussian_weights, select_anchors, visible_mask
+from hpgr.model.sem import Sem
+
+INHERITED = ("events.", "sem.")
+"""Parameters that stage 2 takes over from stage 1."""
+
+
+class Output(NamedTuple):
+    """Sum of losses, how many terms it has, and the scores (stage 2: [B, M] logits; stage 1: empty)."""
+
+    loss: Tensor
+    count: Tensor
+    scores: Tensor
+
+
+class Negatives(NamedTuple):
+    """Items drawn for the sampled softmax and the log-probability of drawing each catalogue item (logQ)."""
+
+    items: Tensor
+    log_q: Tensor
+
+
+class MaskedItemModel(nn.Module):
+    """Stage 1: predict each hidden item from its masked surroundings, by a softmax tied to the item table."""
+
+    def __init__(self, config: Config, sizes: Sizes) -> None:
+        super().__init__()
+        self.first_item = sizes.first_item
+        self.events = EventEncoder(config.model, sizes)
+        self.sem = Sem(config.model)
+        self.gate = nn.Parameter(torch.zeros(config.model.width))
+        self.head = nn.Sequential(nn.Linear(config.model.width, config.model.width), nn.GELU(), nn.LayerNorm(config.model.width))
+        self.item_bias = nn.Parameter(torch.zeros(sizes.items))
+        number_sites(self)
+
+    def encode(self, x: Inputs, noise: Noise | None = None) -> Tensor:
+        """What each event's place says about its item: [B, N, D]."""
+        encoded, context = self.sem(self.events.history(x, noise), x, noise)
+        return torch.as_tensor(self.head(encoded + torch.tanh(self.gate) * context))
+
+    def forward(self, x: Inputs, noise: Noise | None = None, negatives: Negatives | None = None) -> Output:
+        """Cross-entropy summed over hidden events whose item is in the catalogue; full softmax without `negatives`."""
+        hidden = x.h_masked & x.h_real & (x.h_item >= self.first_item)
+        state, target = self.encode(x, noise)[hidden], x.h_item[hidden]
+        if negatives is None:
+            logits = self.catalogue_logits(state)
+            loss = F.cross_entropy(logits.float(), target - self.first_item, reduction="sum")
+        else:
+            loss = self._sampled_loss(state, target, negatives)
+        return Output(loss, hidden.sum(), state.new_zeros(0))
+
+    def catalogue_logits(self, state: Tensor) -> Tensor:
+        """[T, D] -> [T, V of the catalogue]."""
+        table = self.events.item.weight[self.first_item :]
+        return state @ table.T + self.item_bias[self.first_item :]
+
+    def _sampled_loss(self, state: Tensor, target: Tensor, negatives: Negatives) -> Tensor:
+        """Sampled softmax with logQ correction (Bengio & Senecal 2008); a positive is never its own negative."""
+        table, bias = self.events.item.weight, self.item_bias
+        log_q = negatives.log_q
+        positive = (state * table[target]).sum(-1) + bias[target] - log_q[target - self.first_item]
+        others = state @ table[negatives.items].T + bias[negatives.items] - log_q[negatives.items - self.first_item]
+        others = others.masked_fill(negatives.items == target[:, None], float("-inf"))
+        logits = torch.cat([positive[:, None], others], 1).float()
+        return F.cross_entropy(logits, torch.zeros_like(target), reduction="sum")
+
+
+class ClickModel(nn.Module):
+    """Stage 2: two-stream HSTU encoder with PGSA, and a click head."""
+
+    anchor_table: Tensor
+
+    def __init__(self, config: Config, sizes: Sizes) -> None:
+        super().__init__()
+        model = config.model
+        self.config, self.window = model, config.stream.window
+        self.events = EventEncoder(model, sizes)
+        self.match = MatchFeatures(model) if model.match_features else None
+        self.sem = Sem(model) if model.sem.in_stage2 else None
+        if self.sem is not None:
+            self.gate_intra = nn.Parameter(torch.zeros(model.width))
+            self.gate_inter = nn.Parameter(torch.zeros(model.width))
+        self.encoder = HstuEncoder(model, config.stream.window)
+        self.head = nn.Sequential(nn.LayerNorm(model.width), nn.Linear(model.width, model.width), nn.GELU(), nn.Linear(model.width, 1))
+        nn.init.constant_(self.head[-1].bias, math.log(sizes.base_rate / (1 - sizes.base_rate)))
+        frozen = model.pgsa.enabled and model.pgsa.anchors == "frozen"
+        self.register_buffer("anchor_table", torch.zeros(sizes.items if frozen else 0, model.width))
+        number_sites(self)
+
+    def inherit(self, stage1: dict[str, Tensor]) -> None:
+        """Take over stage 1's weights, and its item table as the frozen anchor vectors."""
+        own = self.state_dict()
+        taken = {k: v for k, v in stage1.items() if k.startswith(INHERITED) and k in own}
+        self.load_state_dict(own | taken)
+        if len(self.anchor_table):
+            self.anchor_table.copy_(F.normalize(stage1["events.item.weight"], dim=-1))
+
+    def forward(self, x: Inputs, noise: Noise | None = None) -> Output:
+        """Binary cross-entropy summed over labelled candidates, and every candidate's logit [B, M]."""
+        same = (x.c_item[..., None] == x.h_item[:, None, :]) & visible_mask(x.c_visible, x.h_item.shape[1])
+        h = self.history(x, noise)
+        c = self.events.candidates(x, noise, self.match(x, same) if self.match is not None else 0.0)
+        h_rel, c_rel = self.relations(x)
+        scores = self.head(self.encoder(h, c, h_rel, c_rel, noise))[..., 0].float()
+        labelled = x.c_real & (x.c_label >= 0)
+        losses = F.binary_cross_entropy_with_logits(scores, x.c_label.clamp(min=0).float(), reduction="none")
+        return Output((losses * labelled).sum(), labelled.sum(), scores)
+
+    def history(self, x: Inputs, noise: Noise | None) -> Tensor:
+        """History tokens after the SEM in its causal form, both branches gated from zero [D]: [B, N, D]."""
+        tokens = self.events.history(x, noise)
+        if self.sem is None:
+            return tokens
+        intra, context = self.sem(tokens, x, noise, torch.ones_like(x.causal))
+        return tokens + torch.tanh(self.gate_intra) * (intra - tokens) + torch.tanh(self.gate_inter) * context
+
+    def relations(self, x: Inputs) -> tuple[Relation, Relation]:
+        """Relations of history events and of candidates to the history, chosen once and shared by all layers."""
+        sparse = self.config.pgsa.enabled
+        h_weights = self._weights(x, x.h_item, x.h_visible, sparse and self.config.pgsa.scope == "all")
+        c_weights = self._weights(x, x.c_item, x.c_visible, sparse)
+        return (
+            relate(x, x.h_item, x.h_time, x.h_visible, h_weights, self.config, self.window),
+            relate(x, x.c_item, x.c_time, x.c_visible, c_weights, self.config, self.window),
+        )
+
+    def _weights(self, x: Inputs, item: Tensor, visible: Tensor, sparse: bool) -> Tensor:
+        n = x.h_item.shape[1]
+        if not sparse:
+            return visible_mask(visible, n)
+        anchors, real = select_anchors(self.anchor_vectors(item), self.anchor_vectors(x.h_item), visible, self.config.pgsa.top_k)
+        return gaussian_weights(anchors, real, visible, n, self.config.pgsa.sigma)
+
+    def anchor_vectors(self, item: Tensor) -> Tensor:
+        """Unit vectors that choose anchors: [..., D]."""
+        if len(self.anchor_table):
+            return self.anchor_table[item]
+        return F.normalize(self.events.item.weight.detach()[item], dim=-1)

@@ -1,0 +1,108 @@
+"""The HSTU encoder in two streams that share weights: history, and candidates that read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hpgr.config import Model
+from hpgr.model.attention import attend
+from hpgr.model.inputs import Inputs
+from hpgr.model.noise import Dropout, Noise
+from hpgr.model.timing import time_bucket
+
+
+@dataclass(frozen=True)
+class Relation:
+    """How queries relate to the history, the same in every layer. All [B, Q, N].
+
+    `distance` counts events back from the last visible one (1); `age` is a time bucket; `same` marks events with
+    the query's item; `weights` are attention weights, 0 where the query must not look.
+    """
+
+    distance: Tensor
+    age: Tensor
+    same: Tensor
+    weights: Tensor
+
+
+def relate(x: Inputs, item: Tensor, time: Tensor, visible: Tensor, weights: Tensor, config: Model, window: int) -> Relation:
+    """Relation of queries ([B, Q] item, time, visible) to the history.
+
+    Events of one second are at the same distance from a query however they are ordered among themselves only if
+    the query is later than all of them; the distance is counted from what is visible, so ties tell nothing.
+    """
+    place = torch.arange(x.h_item.shape[1], device=item.device)
+    distance = (visible[..., None] - place).clamp(0, window)
+    age = time_bucket(time[..., None] - x.h_time[:, None, :], config.time_buckets)
+    same = item[..., None] == x.h_item[:, None, :]
+    return Relation(distance, age, same, weights.to(torch.float32))
+
+
+class RelativeBias(nn.Module):
+    """Learnt bias by distance in events, by log-bucketed age, and for events with the query's own item [D]."""
+
+    def __init__(self, heads: int, window: int, buckets: int) -> None:
+        super().__init__()
+        self.position = nn.Embedding(window + 1, heads)
+        self.time = nn.Embedding(buckets, heads)
+        self.match = nn.Parameter(torch.zeros(heads))
+        self.own = nn.Parameter(torch.zeros(heads))
+        nn.init.normal_(self.position.weight, std=0.02)
+        nn.init.normal_(self.time.weight, std=0.02)
+
+    def forward(self, r: Relation) -> Tensor:
+        """[B, H, Q, N]."""
+        bias = self.position(r.distance) + self.time(r.age) + r.same[..., None] * self.match
+        return torch.as_tensor(bias.permute(0, 3, 1, 2))
+
+
+class HstuLayer(nn.Module):
+    """norm -> U, V, Q, K -> pointwise attention -> norm * U -> linear -> residual (arXiv 2402.17152, ranking form)."""
+
+    def __init__(self, config: Model, window: int) -> None:
+        super().__init__()
+        self.heads, self.silu_all = config.heads, config.silu_on == "uvqk"
+        self.norm, self.norm_out = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
+        self.project = nn.Linear(config.width, 4 * config.width)
+        self.out = nn.Linear(config.width, config.width)
+        self.bias = RelativeBias(config.heads, window, config.time_buckets)
+        self.dropout = Dropout(config.dropout)
+
+    def uvqk(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """[B, T, D] -> U [B, T, D] and V, Q, K [B, H, T, E]."""
+        y = self.project(self.norm(x))
+        u, v, q, k = (F.silu(y) if self.silu_all else y).chunk(4, -1)
+        u = u if self.silu_all else F.silu(u)
+        v, q, k = (z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in (v, q, k))
+        return u, v, q, k
+
+    def update(
+        self, x: Tensor, uvqk: tuple[Tensor, ...], history_kv: tuple[Tensor, Tensor], r: Relation, noise: Noise | None, stream: int
+    ) -> Tensor:
+        """One residual step of a stream's tokens [B, Q, D], reading the history's keys and values."""
+        u, v, q, k = uvqk
+        mixed = attend(q, *history_kv, (k, v), self.bias(r), self.bias.own, r.weights)
+        mixed = self.norm_out(mixed.transpose(1, 2).flatten(2)) * u
+        return torch.as_tensor(x + self.dropout(self.out(mixed), noise, stream))
+
+
+class HstuEncoder(nn.Module):
+    """Layers over both streams. Candidates read the history's keys and values and never one another."""
+
+    def __init__(self, config: Model, window: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(HstuLayer(config, window) for _ in range(config.layers))
+
+    def forward(self, h: Tensor, c: Tensor, h_rel: Relation, c_rel: Relation, noise: Noise | None) -> Tensor:
+        """History [B, N, D] and candidates [B, M, D] -> encoded candidates [B, M, D]."""
+        for i, layer in enumerate(self.layers):
+            own = layer.uvqk(h)
+            history_kv = (own[3], own[1])
+            c = layer.update(c, layer.uvqk(c), history_kv, c_rel, noise, 1)
+            if i + 1 < len(self.layers):
+                h = layer.update(h, own, history_kv, h_rel, noise, 0)
+        return c

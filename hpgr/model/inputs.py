@@ -1,0 +1,69 @@
+"""Jagged batches -> padded tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpgr.schema import Array, Batch, Ints, offsets_of
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A padded batch. History tensors are [B, N] (features [B, N, F]), candidate tensors [B, M]."""
+
+    key: Ints
+    causal: Tensor
+    h_real: Tensor
+    h_item: Tensor
+    h_time: Tensor
+    h_action: Tensor
+    h_visible: Tensor
+    h_session: Tensor
+    h_masked: Tensor
+    h_cat: Tensor
+    h_num: Tensor
+    c_real: Tensor
+    c_item: Tensor
+    c_time: Tensor
+    c_visible: Tensor
+    c_label: Tensor
+    c_cat: Tensor
+    c_num: Tensor
+
+
+def pad(batch: Batch, device: torch.device | str = "cpu") -> Inputs:
+    """Pad a batch with zeros to its longest history and its longest candidate list (each at least 1)."""
+
+    def stream(lengths: Ints, names: dict[str, tuple[Array, type]]) -> dict[str, Tensor]:
+        width = max(1, int(lengths.max(initial=0)))
+        rows = np.repeat(np.arange(len(lengths)), lengths)
+        columns = np.arange(len(rows)) - np.repeat(offsets_of(lengths)[:-1], lengths)
+        out = {}
+        for name, (values, kind) in names.items():
+            padded = np.zeros((len(lengths), width, *values.shape[1:]), kind)
+            padded[rows, columns] = values
+            out[name] = torch.from_numpy(padded).to(device, non_blocking=True)
+        return out
+
+    i, f, b = np.int64, np.float32, np.bool_
+    history = stream(batch.h_lengths, {
+        "h_real": (np.ones(len(batch.h_item), b), b), "h_item": (batch.h_item, i), "h_time": (batch.h_time, i),
+        "h_action": (batch.h_action, i), "h_visible": (batch.h_visible, i), "h_session": (batch.h_session, i),
+        "h_masked": (batch.h_masked, b), "h_cat": (batch.h_cat, i), "h_num": (batch.h_num, f),
+    })  # fmt: skip
+    candidates = stream(batch.t_lengths, {
+        "c_real": (np.ones(len(batch.t_item), b), b), "c_item": (batch.t_item, i), "c_time": (batch.t_time, i),
+        "c_visible": (batch.t_visible, i), "c_label": (batch.t_label, i),
+        "c_cat": (batch.t_cat, i), "c_num": (batch.t_num, f),
+    })  # fmt: skip
+    causal = torch.from_numpy(np.asarray(batch.causal, bool)).to(device)
+    return Inputs(key=batch.row_key, causal=causal, **history, **candidates)
+
+
+def unpad(values: Tensor, real: Tensor) -> Array:
+    """Values of the real places in row order, as NumPy: [B, M] -> [I]."""
+    return np.asarray(values.detach()[real].float().cpu().numpy())

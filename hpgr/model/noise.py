@@ -1,0 +1,70 @@
+"""Dropout whose masks do not depend on how a batch is divided among workers.
+
+A pool of uniform numbers is drawn once a step from (seed, stage, step), alike on every worker; each row reads
+its own slice of it for each dropout site, at an offset hashed from (step, site, row). A row's mask is then a
+function of the row and the step alone: one worker or eight, resumed or not, the loss curve is the same.
+Slices of different rows may overlap, shifted; ours [D], in place of per-worker generators.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hpgr.schema import Ints
+
+POOL = 1 << 20
+
+
+def _mix(x: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+    with np.errstate(over="ignore"):
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(x ^ (x >> np.uint64(31)))
+
+
+class Noise:
+    """Source of dropout masks for one step.
+
+    Args:
+        seed: of the step; equal on all workers.
+        key: [B] identity of each row.
+        row_places: most places of a row at any site (tokens * width); sets the pool's size.
+        device: where masks are needed.
+    """
+
+    def __init__(self, seed: int, key: Ints, row_places: int, device: torch.device | str = "cpu") -> None:
+        size = max(POOL, 1 << (2 * row_places - 1).bit_length())
+        generator = torch.Generator().manual_seed(seed & (2**63 - 1))
+        self._pool = torch.rand(size, generator=generator).to(device)
+        self._key = key.view(np.uint64) ^ np.uint64(seed & (2**63 - 1))
+
+    def drop(self, x: Tensor, p: float, site: int) -> Tensor:
+        """Dropout of [B, T, C] values with rate p; sites are numbered so that no two share masks."""
+        if p == 0:
+            return x
+        rows, width = x.shape[0], x[0].numel()
+        with np.errstate(over="ignore"):
+            hashed = _mix(self._key + np.uint64(site + 1) * np.uint64(0x9E3779B97F4A7C15))
+        start = torch.from_numpy((hashed % np.uint64(len(self._pool) - width)).astype(np.int64)).to(x.device)
+        keep = self._pool.unfold(0, width, 1)[start].view(rows, *x.shape[1:]) >= p
+        return x * keep.to(x.dtype) * (1 / (1 - p))
+
+
+class Dropout(nn.Module):
+    """A dropout site. Sites are numbered per model by `number_sites`; without noise it does nothing."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p, self.site = p, 0
+
+    def forward(self, x: Tensor, noise: Noise | None, stream: int = 0) -> Tensor:
+        """Drop values of [B, T, C]; history and candidates pass different `stream` numbers."""
+        return x if noise is None or not self.training else noise.drop(x, self.p, 2 * self.site + stream)
+
+
+def number_sites(model: nn.Module) -> None:
+    """Give every dropout site of a model its own number, in definition order."""
+    for site, module in enumerate(m for m in model.modules() if isinstance(m, Dropout)):
+        module.site = site

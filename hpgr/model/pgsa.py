@@ -1,0 +1,76 @@
+"""Preference-Guided Sparse Attention: which past events a query attends to, and how much (paper, stage 2).
+
+The closed form is ours [D]: anchors are the K visible events whose item vectors are nearest the query's;
+an event's weight is its best Gaussian around an anchor, cut off beyond r = ceil(3 sigma).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+LOWEST = torch.iinfo(torch.int64).min
+
+
+def visible_mask(visible: Tensor, n: int) -> Tensor:
+    """Dense attention's weights: 1 for each strictly past event. [B, Q] counts -> [B, Q, N] booleans."""
+    return torch.arange(n, device=visible.device) < visible[..., None]
+
+
+def select_anchors(query: Tensor, key: Tensor, visible: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The `top_k` visible events of largest dot product with each query; ties go to the more recent.
+
+    Args:
+        query: [B, Q, D] item vectors of the queries. No gradient flows through the choice.
+        key: [B, N, D] item vectors of the history.
+        visible: [B, Q] how many events of the history are strictly past.
+        top_k: anchors a query.
+
+    Returns:
+        positions [B, Q, K] in the history and whether each is a real anchor (fewer may be visible).
+    """
+    with torch.no_grad():
+        ranked = sortable(query @ key.transpose(1, 2), visible)
+        best = ranked.topk(min(top_k, key.shape[1]), dim=-1).values
+        return best & 0xFFFFFFFF, best != LOWEST
+
+
+def sortable(relevance: Tensor, visible: Tensor) -> Tensor:
+    """Relevance and position as one integer whose order is (relevance, position): [B, Q, N] int64.
+
+    Exact for float32, so equal relevances are told apart by recency alone; invisible events sort lowest.
+    """
+    bits = (relevance.float() + 0.0).view(torch.int32)
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    place = torch.arange(relevance.shape[-1], device=relevance.device)
+    return torch.where(place < visible[..., None], (ordered << 32) | place, LOWEST)
+
+
+def gaussian_weights(anchors: Tensor, real: Tensor, visible: Tensor, n: int, sigma: float) -> Tensor:
+    """Weight of every event for every query: max over anchors p of exp(-(j - p)^2 / (2 sigma^2)).
+
+    Zero beyond ceil(3 sigma) events from all anchors and for events that are not visible. sigma = 0 keeps the
+    anchors alone.
+
+    Args:
+        anchors: [B, Q, K] positions.
+        real: [B, Q, K] which of them count.
+        visible: [B, Q] strictly past events.
+        n: history length N.
+        sigma: width in events.
+
+    Returns:
+        [B, Q, N] float32 weights in [0, 1].
+    """
+    with torch.no_grad():
+        is_anchor = torch.zeros(*visible.shape, n + 1, device=visible.device)
+        is_anchor.scatter_(-1, torch.where(real, anchors, n), 1.0)
+        centre = is_anchor[..., :n]
+        weights = centre.clone()
+        for offset in range(1, min(math.ceil(3 * sigma), n - 1) + 1):
+            level = math.exp(-(offset**2) / (2 * sigma**2))
+            weights[..., offset:].clamp_(min=centre[..., :-offset] * level)
+            weights[..., :-offset].clamp_(min=centre[..., offset:] * level)
+        return weights * visible_mask(visible, n)

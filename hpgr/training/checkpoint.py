@@ -1,0 +1,98 @@
+"""Checkpoints in the run folder: tensors as safetensors, the rest as JSON, a checksum file last.
+
+A checkpoint without its checksum file, or whose files do not match it, does not count; the one before does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from hpgr.artifacts import Folder
+from hpgr.errors import ArtifactError
+
+SEAL = "checksums.json"
+_MODEL, _OPTIMISER, _STATE = "model.safetensors", "optimiser.safetensors", "state.json"
+
+
+def save(folder: Folder, step: int, model: dict[str, Tensor], optimiser: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Write checkpoint `step-<step>`; it counts once its seal is written."""
+    tensors, plain = _flatten(optimiser)
+    contents = {
+        _MODEL: to_bytes(model),
+        _OPTIMISER: to_bytes(tensors),
+        _STATE: json.dumps(state | {"optimiser": plain}, allow_nan=False).encode(),
+    }
+    target = folder.sub(f"step-{step:08d}")
+    for name, content in contents.items():
+        target.write(name, content)
+    target.write_json(SEAL, {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()})
+
+
+def prune(folder: Folder, keep: int) -> None:
+    """Delete all but the last `keep` checkpoints."""
+    for name in folder.entries()[:-keep]:
+        folder.delete(name)
+
+
+def latest(folder: Folder, say: Callable[[str], None]) -> str | None:
+    """Name of the newest whole checkpoint, or None; torn and corrupt ones are named and passed over."""
+    for name in reversed(folder.entries()):
+        try:
+            _verified(folder.sub(name))
+        except ArtifactError as error:
+            say(f"checkpoint {name} is not whole, using the one before: {error}")
+        else:
+            return name
+    return None
+
+
+def load(folder: Folder, name: str, optimiser: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Model tensors and state of a checkpoint; the optimiser is restored in place."""
+    contents = _verified(folder.sub(name))
+    state = json.loads(contents[_STATE])
+    _unflatten(optimiser, from_bytes(contents[_OPTIMISER]), state.pop("optimiser"))
+    return from_bytes(contents[_MODEL]), state
+
+
+def _verified(folder: Folder) -> dict[str, bytes]:
+    sums = folder.read_json(SEAL)
+    contents = {name: folder.read(name) for name in sums}
+    for name, content in contents.items():
+        if hashlib.sha256(content).hexdigest() != sums[name]:
+            raise ArtifactError(f"{folder.uri}/{name} does not match its checksum")
+    return contents
+
+
+def to_bytes(tensors: dict[str, Tensor]) -> bytes:
+    """Tensors as safetensors, contiguous and on the CPU."""
+    return safetensors.torch.save({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()})
+
+
+def from_bytes(content: bytes) -> dict[str, Tensor]:
+    """Inverse of `to_bytes`. Raises ArtifactError on anything else."""
+    try:
+        return safetensors.torch.load(content)
+    except SafetensorError as error:
+        raise ArtifactError(f"weights cannot be read: {error}") from None
+
+
+def _flatten(optimiser: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    state = optimiser.state_dict()
+    tensors = {f"{i}.{name}": value for i, entry in state["state"].items() for name, value in entry.items()}
+    return tensors, {"param_groups": state["param_groups"]}
+
+
+def _unflatten(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    optimiser.load_state_dict({"state": state, "param_groups": plain["param_groups"]})

@@ -1,0 +1,228 @@
+"""The training loop: steps, validation, checkpoints, early stop, resume. Knows nothing of losses or data."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hpgr.artifacts import Folder
+from hpgr.config import Checkpoints
+from hpgr.data.batches import mock_batch
+from hpgr.data.hashing import combine
+from hpgr.data.stream import Step
+from hpgr.errors import TrainingError
+from hpgr.model.inputs import pad
+from hpgr.model.noise import Noise
+from hpgr.schema import Batch
+from hpgr.training import checkpoint, distributed
+from hpgr.training.stage import Source, Stage
+
+SAY_EVERY_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where and how a stage runs. `say` prints progress, `report` hands validation figures to Ray Train,
+    `log` writes scalars (TensorBoard); `row_places` bounds tokens * width of a row."""
+
+    folder: Folder
+    source: Source
+    device: torch.device
+    seed: int
+    checkpoints: Checkpoints
+    row_places: int
+    mock: tuple[int, int, int, dict[str, int]]
+    say: Callable[[str], None]
+    report: Callable[[dict[str, Any]], None]
+    log: Callable[[str, dict[str, float], int], None]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bf16 on a GPU, nothing on a CPU."""
+        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+
+
+@dataclass
+class Progress:
+    """Everything but tensors that a checkpoint must hold. `epoch` and `step` are the next to train."""
+
+    epoch: int = 0
+    step: int = 0
+    global_step: int = 0
+    best: float | None = None
+    best_file: str = ""
+    best_figures: dict[str, Any] = field(default_factory=dict)
+    stale: int = 0
+    loss_sum: float = 0.0
+    loss_count: float = 0.0
+    seconds: float = 0.0
+    waited: float = 0.0
+    curve: list[dict[str, Any]] = field(default_factory=list)
+
+
+def fit(stage: Stage, context: Context) -> Progress:
+    """Train a stage, or finish it from its last whole checkpoint; leaves the best weights in the model.
+
+    Raises:
+        TrainingError: the loss is not finite (before the optimiser could spread it).
+    """
+    return _Loop(stage, context).run()
+
+
+class _Loop:
+    def __init__(self, stage: Stage, context: Context) -> None:
+        from hpgr.training.optimiser import make_optimiser, make_schedule
+
+        self.stage, self.context = stage, context
+        self.model = stage.model.to(context.device)
+        self.optimiser = make_optimiser(self.model, stage.optimiser)
+        first_epoch = len(list(_steps_of(stage)))
+        self.schedule = make_schedule(self.optimiser, stage.optimiser, stage.epochs * first_epoch)
+        self.progress = Progress()
+        self.checkpoints = context.folder.sub("checkpoints")
+        self._restore()
+        self.parallel = distributed.wrap(self.model, context.device)
+
+    def run(self) -> Progress:
+        p = self.progress
+        if p.epoch < self.stage.epochs and p.stale < self.stage.patience:
+            self._rehearse()
+            self._train()
+        if p.best_file:
+            weights = distributed.from_first(None if distributed.rank() else self.context.folder.read(p.best_file))
+            assert weights is not None
+            self.model.load_state_dict(checkpoint.from_bytes(weights))
+        return p
+
+    def _restore(self) -> None:
+        say = self.context.say if distributed.rank() == 0 else lambda _: None
+        name = distributed.from_first(checkpoint.latest(self.checkpoints, say) if distributed.rank() == 0 else None)
+        if name is None:
+            return
+        tensors, state = checkpoint.load(self.checkpoints, name, self.optimiser)
+        self.model.load_state_dict(tensors)
+        self.progress = Progress(**state)
+        for _ in range(self.progress.global_step):
+            self.schedule.step()
+        say(f"{self.stage.name}: continuing from {name}, epoch {self.progress.epoch + 1}, step {self.progress.step + 1}")
+
+    def _rehearse(self) -> None:
+        """One forward and backward of the heaviest batch, so that a lack of memory shows now."""
+        output = self._forward(mock_batch(*self.context.mock), 0)
+        (output.loss * 0).backward()
+        self.optimiser.zero_grad(set_to_none=True)
+
+    def _train(self) -> None:
+        p = self.progress
+        steps = self.context.source.steps(self.stage.stream, range(p.epoch, self.stage.epochs), p.step)
+        spoken = mark = time.monotonic()
+        for step in steps:
+            waited = time.monotonic() - mark
+            self._step(step)
+            p.epoch, p.step = (step.epoch + 1, 0) if step.step + 1 == step.steps else (step.epoch, step.step + 1)
+            every = self.stage.validate_every
+            now = time.monotonic()
+            p.waited, p.seconds = p.waited + waited, p.seconds + now - mark
+            if p.step == 0 or (every and p.global_step % every == 0):
+                self._validate()
+                if p.stale >= self.stage.patience:
+                    self.context.say(f"{self.stage.name}: no better {self.stage.metric} for {p.stale} validations, stopping")
+                    break
+            elif self.context.checkpoints.every_steps and p.global_step % self.context.checkpoints.every_steps == 0:
+                self._save()
+            mark = time.monotonic()
+            if mark - spoken > SAY_EVERY_SECONDS:
+                spoken = mark
+                self.context.say(f"{self.stage.name}: epoch {step.epoch + 1}/{self.stage.epochs} step {step.step + 1}/{step.steps} "
+                                 f"loss {p.loss_sum / max(1.0, p.loss_count):.4f} data wait {p.waited / p.seconds:.1%}")  # fmt: skip
+
+    def _forward(self, batch: Batch, step: int) -> Any:
+        self.parallel.train() if hasattr(self, "parallel") else self.model.train()
+        inputs = pad(batch, self.context.device)
+        seed = int(combine(self.context.seed, _stage_number(self.stage.name), step)[()])
+        noise = Noise(seed, inputs.key, self.context.row_places, self.context.device)
+        with self.context.autocast():
+            return self.parallel(inputs, noise, **self.stage.extras(step, self.context.device))
+
+    def _step(self, step: Step) -> None:
+        p = self.progress
+        output = self._forward(step.batch, p.global_step)
+        real = float(step.real)
+        sums = torch.stack([output.loss.detach().double() * real, output.count.double() * real]).cpu()
+        total, count = distributed.sum_over_workers(sums.to(self.context.device)).tolist()
+        self._check(total, step)
+        # DDP averages over workers, so a sum divided once by the global count needs their number as factor.
+        (output.loss * (real * distributed.world() / max(count, 1.0))).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.stage.optimiser.clip_norm)
+        self.optimiser.step()
+        self.schedule.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        p.global_step += 1
+        p.loss_sum, p.loss_count = p.loss_sum + total, p.loss_count + count
+
+    def _check(self, total: float, step: Step) -> None:
+        if not math.isfinite(total):
+            raise TrainingError(
+                f"{self.stage.name}: the loss is {total} at epoch {step.epoch + 1}, step {step.step + 1} "
+                f"(learning rate {self.schedule.get_last_lr()[0]:.2e}); the weights before this step are kept. "
+                "Lower the stage's optimiser.lr, or raise optimiser.warmup_steps"
+            )
+
+    def _validate(self) -> None:
+        p, stage = self.progress, self.stage
+        loss = p.loss_sum / max(1.0, p.loss_count)
+        self.model.eval()
+        with torch.no_grad(), self.context.autocast():
+            figures = stage.validate(self.context.source, self.context.device)
+        value = figures.get(stage.metric)
+        better = value is not None and (p.best is None or value > p.best)
+        p.stale = 0 if better else p.stale + 1
+        point = {"stage": stage.name, "step": p.global_step, "epoch": p.epoch, "train_loss": loss,
+                 "lr": self.schedule.get_last_lr()[0], "data_wait": p.waited / max(p.seconds, 1e-9), "validation": figures}  # fmt: skip
+        p.curve.append(point)
+        p.loss_sum = p.loss_count = 0.0
+        if better or not p.best_file:
+            p.best, p.best_figures = value, figures
+            self._keep_best()
+        self._save()
+        shown = " ".join(f"{k} {v:.4f}" for k, v in figures.items() if isinstance(v, float))
+        self.context.say(f"{stage.name}: epoch {p.epoch} step {p.global_step} loss {loss:.4f} | validation {shown}{' *' if better else ''}")
+        self.context.log(stage.name, {"train_loss": loss, "lr": point["lr"], "data_wait": point["data_wait"],
+                                      **{f"validation/{k}": v for k, v in figures.items() if isinstance(v, float)}}, p.global_step)  # fmt: skip
+        self.context.report({"stage": stage.name, "epoch": p.epoch, "train_loss": loss, **{k: v for k, v in figures.items() if v is not None}})
+
+    def _keep_best(self) -> None:
+        old, self.progress.best_file = self.progress.best_file, f"best-{self.progress.global_step:08d}.safetensors"
+        if distributed.rank() == 0:
+            self.context.folder.write(self.progress.best_file, checkpoint.to_bytes(self._tensors()))
+            for name in self.context.folder.entries():
+                if name.startswith("best-") and name not in (old, self.progress.best_file):
+                    filesystem, path = self.context.folder.path(name)
+                    filesystem.delete_file(path)
+
+    def _save(self) -> None:
+        p = self.progress
+        if distributed.rank() == 0:
+            checkpoint.save(self.checkpoints, p.global_step, self._tensors(), self.optimiser, asdict(p))
+            checkpoint.prune(self.checkpoints, self.context.checkpoints.keep)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return dict(self.model.state_dict())
+
+
+def _steps_of(stage: Stage) -> Iterator[int]:
+    """One entry a step of the first epoch."""
+    plan = stage.stream.plan(0)
+    return iter(range(sum(len(g.batches) for g in plan)))
+
+
+def _stage_number(name: str) -> int:
+    return {"stage1": 1, "stage2": 2}[name]
+
+

@@ -1,0 +1,31 @@
+"""What the loop asks of a stage."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from hpgr.config import Optimiser
+from hpgr.data.stream import Source, StreamSpec
+
+
+class Stage(Protocol):
+    """A stage knows its model, its loss and how it is validated; never how it is stepped or saved."""
+
+    name: str
+    metric: str
+    """Validation figure that chooses the best checkpoint; larger is better."""
+    epochs: int
+    patience: int
+    validate_every: int
+    optimiser: Optimiser
+    stream: StreamSpec
+    model: nn.Module
+
+    def extras(self, step: int, device: torch.device) -> dict[str, Any]:
+        """Further arguments of the model's forward at a step, alike on all workers."""
+
+    def validate(self, source: Source, device: torch.device) -> dict[str, float | int | None]:
+        """Validation figures over all workers; the same on each."""

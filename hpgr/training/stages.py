@@ -1,0 +1,69 @@
+"""The two stages: session-based masked item modelling, and click fine-tuning with PGSA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from hpgr.config import Config
+from hpgr.data.stream import Source, StreamSpec
+from hpgr.evaluation import click_scores, rank_next_items, score
+from hpgr.metrics import ClickScores
+from hpgr.model.embedding import Sizes
+from hpgr.model.hpgr import ClickModel, MaskedItemModel, Negatives
+from hpgr.schema import Array
+from hpgr.training import distributed
+
+
+class MaskedItemStage:
+    """Stage 1. Validated as a next-item model: NDCG@10 over the whole catalogue."""
+
+    name, metric = "stage1", "ndcg@10"
+
+    def __init__(self, config: Config, sizes: Sizes, counts: Array, stream: StreamSpec, validation: StreamSpec) -> None:
+        stage = config.stage1
+        self.epochs, self.patience, self.validate_every = stage.epochs, stage.patience, 0
+        self.optimiser, self.stream, self.validation = stage.optimiser, stream, validation
+        self.filter_seen = config.evaluation.filter_seen
+        self.model = MaskedItemModel(config, sizes)
+        self._first_item, self._seed, self._n = sizes.first_item, config.seed, stage.negatives
+        self._q = None if len(counts) <= stage.full_softmax_items else (counts + 1.0) / (counts + 1.0).sum()
+
+    def extras(self, step: int, device: torch.device) -> dict[str, Any]:
+        """Negatives by training popularity, the same on all workers; nothing for a small catalogue."""
+        if self._q is None:
+            return {}
+        drawn = np.random.default_rng([self._seed, step]).choice(len(self._q), self._n, p=self._q)
+        items = torch.from_numpy(drawn + self._first_item).to(device)
+        return {"negatives": Negatives(items, torch.from_numpy(np.log(self._q)).float().to(device))}
+
+    def validate(self, source: Source, device: torch.device) -> dict[str, float | int | None]:
+        return self.ranks(source, self.validation, device)
+
+    def ranks(self, source: Source, spec: StreamSpec, device: torch.device) -> dict[str, float | int | None]:
+        """Next-item figures of a split, over all workers."""
+        own = rank_next_items(self.model, source.evaluation(spec), device, self.filter_seen)
+        first, *rest = distributed.gather(own)
+        return sum(rest, first).compute()
+
+
+class ClickStage:
+    """Stage 2. Validated by AUC."""
+
+    name, metric = "stage2", "auc"
+
+    def __init__(self, config: Config, sizes: Sizes, stream: StreamSpec, validation: StreamSpec) -> None:
+        stage = config.stage2
+        self.epochs, self.patience, self.validate_every = stage.epochs, stage.patience, stage.validate_every_steps
+        self.optimiser, self.stream, self.validation = stage.optimiser, stream, validation
+        self.model = ClickModel(config, sizes)
+
+    def extras(self, step: int, device: torch.device) -> dict[str, Any]:
+        """Nothing: candidates and labels are all the click loss needs."""
+        return {}
+
+    def validate(self, source: Source, device: torch.device) -> dict[str, float | int | None]:
+        own = click_scores(score(self.model, source.evaluation(self.validation), device))
+        return ClickScores.merge(distributed.gather(own)).compute()

@@ -1,0 +1,194 @@
+"""What every worker does: stage 1, stage 2, test once. Finished stages are taken from the run folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from hpgr.artifacts import Folder, fingerprint
+from hpgr.config import Config, dump
+from hpgr.data.preparation import Prepared
+from hpgr.data.stream import Source, StreamSpec
+from hpgr.evaluation import click_scores, score
+from hpgr.metrics import auc
+from hpgr.model.embedding import Sizes
+from hpgr.model.hpgr import ClickModel
+from hpgr.schema import FEATURE_PREFIX
+from hpgr.training import checkpoint, distributed
+from hpgr.training.loop import Context, Progress, fit
+from hpgr.training.stage import Stage
+from hpgr.training.stages import ClickStage, MaskedItemStage
+
+INDEXES = ("masked", "next_item-validation", "next_item-test", "click-train", "click-validation", "click-test")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run: its configuration, folder and prepared log."""
+
+    config: Config
+    folder: Folder
+    prepared: Prepared
+
+    def spec(self, name: str) -> StreamSpec:
+        """Stream of an index (one of INDEXES)."""
+        config, training = self.config, name in ("masked", "click-train")
+        kind = name.partition("-")[0]
+        spec = StreamSpec(
+            prepared=self.prepared.folder.uri,
+            index=f"{self.folder.uri}/index/{name}.parquet",
+            kind=kind,  # type: ignore[arg-type]
+            gap_minutes=config.stream.session_gap_minutes,
+            batch_tokens=config.stream.batch_tokens if training else config.evaluation.batch_tokens,
+            group_tokens=config.stream.group_tokens,
+            seed=config.seed,
+        )
+        return replace(spec, mask_ratio=config.stage1.mask_ratio, causal_share=config.stage1.causal_share) if name == "masked" else spec
+
+    def sizes(self) -> Sizes:
+        """What models must know of the prepared log."""
+        manifest = self.prepared.manifest
+        vocabulary, features = manifest["vocabulary"], manifest["features"]
+        train = manifest["account"]["splits"]["train"]
+        categories = {k.removeprefix(FEATURE_PREFIX): n for k, n in vocabulary["categories"].items()}
+        return Sizes(
+            items=vocabulary["size"],
+            first_item=vocabulary["size"] - vocabulary["items"],
+            actions=categories.pop("action"),
+            categories=categories,
+            h_cat=tuple(features["h_cat"]),
+            h_num=tuple(features["h_num"]),
+            t_cat=tuple(features["t_cat"]),
+            t_num=tuple(features["t_num"]),
+            base_rate=train["positives"] / train["impressions"],
+        )
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Where a worker runs and whom it tells. See `Context` for the callables."""
+
+    source: Source
+    device: torch.device
+    say: Callable[[str], None]
+    report: Callable[[dict[str, Any]], None]
+    log: Callable[[str, dict[str, float], int], None]
+
+
+def train(run: Run, worker: Worker) -> dict[str, Any]:
+    """Both stages and the test; returns the run's figures, the same on every worker."""
+    torch.manual_seed(run.config.seed)
+    torch.use_deterministic_algorithms(worker.device.type == "cpu")
+    worker = replace(worker, say=worker.say if distributed.rank() == 0 else lambda _: None)
+    items = run.prepared.folder.read_parquet("vocabulary.parquet")
+    out: dict[str, Any] = {"curves": [], "seconds": {}}
+    stage1: MaskedItemStage | None = None
+    if run.config.stage1.enabled:
+        stage1 = _masked_stage(run, items)
+        out["stage1"] = _finish(run, worker, stage1, out, lambda: _test_masked(run, worker, stage1))
+    stage2 = ClickStage(run.config, run.sizes(), run.spec("click-train"), run.spec("click-validation"))
+    if stage1 is not None:
+        stage2.model.inherit({k: v.cpu() for k, v in stage1.model.state_dict().items()})
+    out["stage2"] = _finish(run, worker, stage2, out, lambda: _test_click(run, worker, stage2.model, items))
+    out["baselines"] = out["stage2"]["test"].pop("baselines_auc")
+    return out
+
+
+def _masked_stage(run: Run, items: pa.Table) -> MaskedItemStage:
+    counts = items.column("count").to_numpy().astype(np.float64)
+    return MaskedItemStage(run.config, run.sizes(), counts, run.spec("masked"), run.spec("next_item-validation"))
+
+
+def _finish(run: Run, worker: Worker, stage: Stage, out: dict[str, Any], test: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A stage's figures: trained and tested now, or as the run folder has them."""
+    folder = run.folder.sub(stage.name)
+    done = distributed.from_first(_done(folder) if distributed.rank() == 0 else None)
+    if done is None:
+        start = time.monotonic()
+        progress = fit(stage, _context(run, worker, folder))
+        done = _figures(progress) | {"test": test(), "settings": stage_key(run, stage.name)}
+        done["seconds"] += time.monotonic() - start - progress.seconds if progress.seconds else 0.0
+        if distributed.rank() == 0:
+            folder.write_json("done.json", done)
+    else:
+        worker.say(f"{stage.name}: finished before, taking {folder.uri}/{done['best_file']}")
+        stage.model.load_state_dict(checkpoint.from_bytes(folder.read(done["best_file"])))
+        stage.model.to(worker.device)
+    out["curves"] += done.pop("curve")
+    out["seconds"][stage.name] = done.pop("seconds")
+    done.pop("settings")
+    return done | {"parameters": sum(p.numel() for p in stage.model.parameters())}
+
+
+def _done(folder: Folder) -> dict[str, Any] | None:
+    return folder.read_json("done.json") if folder.exists("done.json") else None
+
+
+def stage_key(run: Run, stage: str) -> str:
+    """Fingerprint of the settings that influence a stage."""
+    settings = dump(run.config)
+    names = ("seed", "stream", "model", "stage1", "evaluation") + (("stage2",) if stage == "stage2" else ())
+    return fingerprint([run.prepared.manifest["fingerprint"], *(settings[n] for n in names)])
+
+
+def _figures(progress: Progress) -> dict[str, Any]:
+    plain = asdict(progress)
+    return {
+        "validation": plain["best_figures"],
+        "best_file": plain["best_file"],
+        "steps": plain["global_step"],
+        "data_wait": plain["waited"] / max(plain["seconds"], 1e-9),
+        "seconds": plain["seconds"],
+        "curve": plain["curve"],
+    }
+
+
+def _context(run: Run, worker: Worker, folder: Folder) -> Context:
+    config, sizes = run.config, run.sizes()
+    window, budget = config.stream.window, config.stream.batch_tokens
+    widths = {"h_cat": len(sizes.h_cat), "h_num": len(sizes.h_num), "t_cat": len(sizes.t_cat), "t_num": len(sizes.t_num)}
+    rows = max(1, budget // (2 * window) // distributed.world())
+    return Context(
+        folder=folder,
+        source=worker.source,
+        device=worker.device,
+        seed=config.seed,
+        checkpoints=config.checkpoints,
+        row_places=(window + 1) * config.model.width,
+        mock=(rows, window, window, widths),
+        say=worker.say,
+        report=worker.report,
+        log=worker.log,
+    )
+
+
+def _test_masked(run: Run, worker: Worker, stage: MaskedItemStage | None) -> dict[str, Any]:
+    assert stage is not None
+    return stage.ranks(worker.source, run.spec("next_item-test"), worker.device)
+
+
+def _test_click(run: Run, worker: Worker, model: ClickModel, items: pa.Table) -> dict[str, Any]:
+    """Test figures; the first worker keeps every score, with what the report's plots need."""
+    own = score(model, worker.source.evaluation(run.spec("click-test")), worker.device)
+    scores = pa.concat_tables(distributed.gather(own))
+    scores = scores.sort_by([("user_hash", "ascending"), ("time", "ascending"), ("item", "ascending"), ("request", "ascending")])
+    first_item = run.sizes().first_item
+    known = scores.column("item").to_numpy() >= first_item
+    index = np.where(known, scores.column("item").to_numpy() - first_item, 0)
+    per_item = {name: np.where(known, items.column(name).to_numpy()[index], 0) for name in ("count", "shown", "clicked")}
+    names = pc.if_else(pa.array(known), items.column("value").combine_chunks().take(pa.array(index)), None)
+    scores = scores.append_column("popularity", pa.array(per_item["count"])).append_column("item_id", names)
+    if distributed.rank() == 0:
+        run.folder.sub("stage2").write_parquet("test_scores.parquet", scores)
+    label = scores.column("label").to_numpy()
+    rate = (per_item["clicked"] + 10 * run.sizes().base_rate) / (per_item["shown"] + 10)
+    return click_scores(scores).compute() | {"baselines_auc": {
+        "item popularity": auc(per_item["count"].astype(float), label), "item click rate": auc(rate, label)}}  # fmt: skip
+
