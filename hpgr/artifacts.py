@@ -129,4 +129,6 @@ def check_format(found: Any, where: str) -> None:
     """
     version = found.get("format") if isinstance(found, dict) else None
     if version != FORMAT:
-        raise ArtifactError(f"{where} has format {version!r}, this version reads {FORMAT}; use another folder")
+        raise ArtifactError(
+            f"{where} has format {version!r}, this version reads {FORMAT}; use another folder"
+        )

@@ -97,7 +97,9 @@ class Split(Section):
         elif dates != (None, None):
             raise ValueError(f"validation_from and test_from belong to split by date, got by={self.by}")
         if self.by.endswith("fraction") and self.validation + self.test >= 1:
-            raise ValueError(f"validation + test is {self.validation + self.test:g}, must leave room for training")
+            raise ValueError(
+                f"validation + test is {self.validation + self.test:g}, must leave room for training"
+            )
         return self
 
 
@@ -284,8 +286,6 @@ class Resources(Section):
     """CPUs a data task reserves."""
     max_failures: Natural = 2
     """Worker-group restarts, each from the last checkpoint."""
-    timeout_minutes: Positive = 10.0
-    """How long to wait for resources a cluster can promise (autoscaling) before giving up."""
 
 
 class Checkpoints(Section):
@@ -332,7 +332,9 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         try:
             raw = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         except OSError as error:
-            raise ConfigError(f"cannot read config {path}: {error.strerror or error}; give an existing YAML file") from None
+            raise ConfigError(
+                f"cannot read config {path}: {error.strerror or error}; give an existing YAML file"
+            ) from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"config {path} is not YAML: {error}") from None
     if not isinstance(raw, dict):
@@ -349,7 +351,9 @@ def validate(raw: dict[str, Any], faults: Sequence[str] = ()) -> Config:
     except ValidationError as error:
         faults = [*faults, *(_describe(e) for e in error.errors())]
     if faults:
-        raise ConfigError(f"{len(faults)} fault(s) in the configuration:\n" + "\n".join(f"  - {f}" for f in faults))
+        raise ConfigError(
+            f"{len(faults)} fault(s) in the configuration:\n" + "\n".join(f"  - {f}" for f in faults)
+        )
     return config
 
 
@@ -391,7 +395,11 @@ def _describe(error: Any) -> str:
     if kind == "extra_forbidden":
         allowed = sorted(_section(location[:-1]).model_fields)
         near = difflib.get_close_matches(location[-1], allowed, n=1, cutoff=0.6)
-        hint = f"did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f"allowed: {', '.join(allowed)}"
+        hint = (
+            f"did you mean {'.'.join([*location[:-1], near[0]])}?"
+            if near
+            else f"allowed: {', '.join(allowed)}"
+        )
         return f"{path}: unknown key; {hint}"
     message = error["msg"].removeprefix("Value error, ")
     if kind == "value_error":

@@ -61,7 +61,9 @@ def click_scores(scores: pa.Table) -> ClickScores:
     )
 
 
-def rank_next_items(model: MaskedItemModel, steps: Iterable[Step], device: torch.device, filter_seen: bool) -> RankSums:
+def rank_next_items(
+    model: MaskedItemModel, steps: Iterable[Step], device: torch.device, filter_seen: bool
+) -> RankSums:
     """Rank of each user's next event among the whole catalogue, by the hidden event appended to its history.
 
     `filter_seen` leaves the user's past items out (never the target). A target outside the catalogue ranks last.

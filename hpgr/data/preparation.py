@@ -64,7 +64,9 @@ class Prepared:
         return int(self.manifest["buckets"])
 
     def vocabulary(self) -> Vocabulary:
-        return Vocabulary.from_tables(self.folder.read_parquet("vocabulary.parquet"), self.folder.read_json("vocabulary.json"))
+        return Vocabulary.from_tables(
+            self.folder.read_parquet("vocabulary.parquet"), self.folder.read_json("vocabulary.json")
+        )
 
     @classmethod
     def open(cls, folder: Folder) -> Prepared:
@@ -86,7 +88,9 @@ def prepare(config: Config, execute: Execute, say: Callable[[str], None]) -> Pre
     """
     data = config.data
     if data.columns.label is None:
-        raise ConfigError("data.columns.label: got null, expected the column of clicks; stage 2 learns from it")
+        raise ConfigError(
+            "data.columns.label: got null, expected the column of clicks; stage 2 learns from it"
+        )
     files = find_files(_paths(data, say), data.format)
     inputs = inputs_fingerprint(files)
     settings = {k: v for k, v in dump(config)["data"].items() if k not in ("prepared", "path", "synthetic")}
@@ -98,7 +102,13 @@ def prepare(config: Config, execute: Execute, say: Callable[[str], None]) -> Pre
     say(f"prepare: {len(files)} file(s), {sum(f.size for f in files) / 1e6:,.1f} MB -> {folder.uri}")
     folder.delete()
     job = _Job(data, folder, _bucket_count(files), execute, say)
-    manifest = {"format": FORMAT, "fingerprint": name, "inputs": inputs, "settings": settings, **job.run(files)}
+    manifest = {
+        "format": FORMAT,
+        "fingerprint": name,
+        "inputs": inputs,
+        "settings": settings,
+        **job.run(files),
+    }
     folder.delete("staging")
     folder.write_json("manifest.json", manifest)
     return Prepared(folder, manifest)
@@ -107,12 +117,17 @@ def prepare(config: Config, execute: Execute, say: Callable[[str], None]) -> Pre
 def _paths(data: Data, say: Callable[[str], None]) -> list[str]:
     if data.path is not None:
         return [data.path] if isinstance(data.path, str) else list(data.path)
-    log = Folder(data.prepared).sub(f"generated-{fingerprint(data.synthetic.model_dump())}")
+    log = generated_log(data)
     filesystem, path = log.path()
     filesystem.create_dir(path, recursive=True)
     write_log(data.synthetic, path, filesystem)
     say(f"prepare: no data.path, using the generated log in {log.uri}")
     return [log.sub("log").uri]
+
+
+def generated_log(data: Data) -> Folder:
+    """Where the generated log of these settings is kept: `log` and `truth` inside."""
+    return Folder(data.prepared).sub(f"generated-{fingerprint(data.synthetic.model_dump())}")
 
 
 def _bucket_count(files: Sequence[SourceFile]) -> int:
@@ -131,18 +146,32 @@ class _Job:
 
     def run(self, files: Sequence[SourceFile]) -> dict[str, Any]:
         pieces = fragments(files, needed_columns(self.data))
-        scans = list(self.execute("scan", partial(scan, data=self.data, folder=self.folder, buckets=self.buckets), pieces))
+        scans = list(
+            self.execute(
+                "scan", partial(scan, data=self.data, folder=self.folder, buckets=self.buckets), pieces
+            )
+        )
         account = self._scanned(scans)
         every = range(self.buckets)
         time_split = self.data.split.by == "time_fraction"
-        sorts = list(self.execute("sort", partial(sort, data=self.data, folder=self.folder, hours=time_split), every))
+        sorts = list(
+            self.execute("sort", partial(sort, data=self.data, folder=self.folder, hours=time_split), every)
+        )
         account["duplicates"] = sum(s["duplicates"] for s in sorts)
         account["kept"] = sum(s["rows"] for s in sorts)
         self._balance(account)
         cuts = self._cut_offs(sorts)
-        counts = list(self.execute("count", partial(count_bucket, data=self.data, folder=self.folder, cuts=cuts), every))
+        counts = list(
+            self.execute("count", partial(count_bucket, data=self.data, folder=self.folder, cuts=cuts), every)
+        )
         account |= self._split_account(counts)
-        sizes = next(iter(self.execute("merge", partial(merge_counts, data=self.data, folder=self.folder), [self.buckets])))
+        sizes = next(
+            iter(
+                self.execute(
+                    "merge", partial(merge_counts, data=self.data, folder=self.folder), [self.buckets]
+                )
+            )
+        )
         encoding = partial(encode_bucket, data=self.data, folder=self.folder, cuts=cuts)
         account["timelines"] = sum(self.execute("encode", encoding, every))
         return {
@@ -174,7 +203,9 @@ class _Job:
 
     def _balance(self, account: dict[str, Any]) -> None:
         if account["rows_in"] != account["kept"] + account["quarantined"] + account["duplicates"]:
-            raise ArtifactError(f"rows are missing: {account}; a task's files were lost, run the same command again")
+            raise ArtifactError(
+                f"rows are missing: {account}; a task's files were lost, run the same command again"
+            )
 
     def _cut_offs(self, sorts: list[dict[str, Any]]) -> splits.CutOffs | None:
         split = self.data.split
@@ -189,7 +220,9 @@ class _Job:
             raise DataError("no impressions: no row matches data.impressions and has a label")
         found = [splits.locate(hours, share) for share in (1 - split.validation - split.test, 1 - split.test)]
         wanted = tuple(hour for hour, _ in found)
-        seconds = list(self.execute("refine", partial(refine, folder=self.folder, hours=wanted), range(self.buckets)))
+        seconds = list(
+            self.execute("refine", partial(refine, folder=self.folder, hours=wanted), range(self.buckets))
+        )
         exact = []
         for (_, left), parts in zip(found, zip(*seconds, strict=True), strict=True):
             total: Counter[int] = Counter()
@@ -235,10 +268,14 @@ def scan(fragment: Fragment, data: Data, folder: Folder, buckets: int) -> dict[s
                 bad.append(checked.quarantined)
             for bucket, part in _deal(checked.rows.cast(schema), buckets):
                 if bucket not in writers:
-                    writers[bucket] = stack.enter_context(_ipc_writer(folder, _raw(bucket, fragment), schema, stack))
+                    writers[bucket] = stack.enter_context(
+                        _ipc_writer(folder, _raw(bucket, fragment), schema, stack)
+                    )
                 writers[bucket].write_table(part)
     if bad:
-        table = pa.concat_tables(bad).append_column("file", pa.array([fragment.file.uri] * sum(b.num_rows for b in bad)))
+        table = pa.concat_tables(bad).append_column(
+            "file", pa.array([fragment.file.uri] * sum(b.num_rows for b in bad))
+        )
         folder.write_parquet(f"quarantine/{fragment.index:06d}-{fragment.first:06d}.parquet", table)
     return {"rows": rows, "reasons": dict(reasons)}
 
@@ -252,7 +289,9 @@ def _deal(rows: pa.Table, buckets: int) -> Iterable[tuple[int, pa.Table]]:
         yield int(b), rows.slice(bounds[b], bounds[b + 1] - bounds[b])
 
 
-def _ipc_writer(folder: Folder, name: str, schema: pa.Schema, stack: ExitStack) -> ipc.RecordBatchStreamWriter:
+def _ipc_writer(
+    folder: Folder, name: str, schema: pa.Schema, stack: ExitStack
+) -> ipc.RecordBatchStreamWriter:
     filesystem, path = folder.path(name)
     try:
         filesystem.create_dir(path.rpartition("/")[0], recursive=True)
@@ -303,7 +342,9 @@ def merge_counts(buckets: int, data: Data, folder: Folder) -> dict[str, Any]:
     counts = merge(folder.read_parquet(f"staging/counts/{b:05d}.parquet") for b in range(buckets))
     vocabulary = Vocabulary.from_counts(counts, data.vocabulary, data.features)
     if not vocabulary.items.num_rows:
-        raise DataError(f"no item was seen {data.vocabulary.min_count} times in training; lower data.vocabulary.min_count")
+        raise DataError(
+            f"no item was seen {data.vocabulary.min_count} times in training; lower data.vocabulary.min_count"
+        )
     folder.write_parquet("vocabulary.parquet", vocabulary.items)
     folder.write_json("vocabulary.json", vocabulary.to_tables())
     return {
@@ -326,5 +367,3 @@ def encode_bucket(bucket: int, data: Data, folder: Folder, cuts: splits.CutOffs 
 def in_process(_: str, function: Callable[[T], R], items: Sequence[T]) -> Iterable[R]:
     """The plainest executor: one after the other, here."""
     return map(function, items)
-
-

@@ -56,7 +56,9 @@ def holds(column: pa.ChunkedArray, rule: Rule) -> Mask:
             return _to_numpy(pc.and_(found, pc.is_valid(column)))
         return _to_numpy(_COMPARE[rule.op](_comparable(column, values[0]), pa.scalar(values[0])))
     except pa.ArrowException as error:
-        raise DataError(f"rule on column {rule.column!r}: {column.type} cannot be compared with {rule.value!r}: {error}") from None
+        raise DataError(
+            f"rule on column {rule.column!r}: {column.type} cannot be compared with {rule.value!r}: {error}"
+        ) from None
 
 
 def _to_numpy(mask: pa.ChunkedArray) -> Mask:
@@ -74,7 +76,9 @@ def _comparable(column: pa.ChunkedArray, value: object) -> pa.ChunkedArray:
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)) or isinstance(value, str):
         return column
     if isinstance(value, bool):
-        return pc.is_in(pc.utf8_lower(column), value_set=pa.array(["true", "1", "1.0", "yes"])).cast(pa.bool_())
+        return pc.is_in(pc.utf8_lower(column), value_set=pa.array(["true", "1", "1.0", "yes"])).cast(
+            pa.bool_()
+        )
     return to_number(column)
 
 

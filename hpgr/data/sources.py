@@ -218,7 +218,9 @@ def _csv_names(file: SourceFile) -> list[str]:
         with _csv_reader(file, 1 << 20, pacsv.ConvertOptions(), lambda _: "skip") as reader:
             return list(reader.schema.names)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{file.uri}: cannot be read as CSV: {error}; a log needs a header line with column names") from None
+        raise DataError(
+            f"{file.uri}: cannot be read as CSV: {error}; a log needs a header line with column names"
+        ) from None
 
 
 @contextmanager

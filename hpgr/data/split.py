@@ -57,7 +57,9 @@ def targets_of(table: pa.Table) -> Targets:
 def assign(targets: Targets, split: Split, cuts: CutOffs | None) -> Array:
     """Split of each impression: [I] int8."""
     if cuts is not None:
-        return np.where(targets.time >= cuts.test, TEST, np.where(targets.time >= cuts.validation, VALIDATION, TRAIN)).astype(np.int8)
+        return np.where(
+            targets.time >= cuts.test, TEST, np.where(targets.time >= cuts.validation, VALIDATION, TRAIN)
+        ).astype(np.int8)
     n = np.bincount(targets.user)[targets.user] if len(targets.user) else np.zeros(0, np.int64)
     if split.by == "leave_one_out":
         first, second = n - 2, n - 1

@@ -75,9 +75,7 @@ class Source(Protocol):
         """Each row once, over all workers together."""
 
 
-def build_index(
-    prepared: Prepared, config: Config, folder: Folder, name: str, execute: Execute
-) -> str:
+def build_index(prepared: Prepared, config: Config, folder: Folder, name: str, execute: Execute) -> str:
     """Write the windows of a stream (`masked`, `click-<split>` or `next_item-<split>`); returns the index's URI."""
     file = f"{name}.parquet"
     if not folder.exists(file):
@@ -146,7 +144,9 @@ def _make(spec: StreamSpec, assembler: Assembler, windows: Windows, epoch: int) 
         return next_item_batch(assembler, windows)
     if spec.kind == "click":
         return assembler.batch(windows)
-    return assembler.batch(windows, Masking(spec.mask_ratio, spec.causal_share, (spec.seed, epoch)), targets=False)
+    return assembler.batch(
+        windows, Masking(spec.mask_ratio, spec.causal_share, (spec.seed, epoch)), targets=False
+    )
 
 
 def step_of(table: pa.Table) -> Step:
@@ -171,5 +171,3 @@ class LocalSource:
     def evaluation(self, spec: StreamSpec) -> Iterator[Step]:
         for item in items_of(spec, [-1], 0):
             yield from map(step_of, produce(item, spec, self.rank, self.world))
-
-

@@ -18,7 +18,16 @@ from hpgr.data.rules import Mask, any_group, columns_of, holds, to_number
 from hpgr.data.sources import RAW_LINE
 from hpgr.errors import DataError
 from hpgr.schema import (
-    ACTION, FEATURE_PREFIX, IN_HISTORY, IS_TARGET, ITEM, LABEL, ORDER, REQUEST, TIME, USER,
+    ACTION,
+    FEATURE_PREFIX,
+    IN_HISTORY,
+    IS_TARGET,
+    ITEM,
+    LABEL,
+    ORDER,
+    REQUEST,
+    TIME,
+    USER,
 )  # fmt: skip
 
 USER_HASH, ITEM_HASH, CONTENT = "user_hash", "item_hash", "content"
@@ -115,8 +124,15 @@ def _ids(raw: pa.Table, name: str, role: str, reasons: npt.NDArray[np.object_]) 
         whole = np.isfinite(values) & (np.floor(values) == values) & (np.abs(values) < 2**53)
         _mark(reasons, ~whole, f"{role} id is not a whole number")
         return pa.array(np.where(whole, values, 0).astype(np.int64)).cast(pa.string())
-    if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
-        raise DataError(f"column {name!r} ({role} ids) is {kind}; expected integers or text: cast it, or map another column")
+    if not (
+        pa.types.is_integer(kind)
+        or pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_null(kind)
+    ):
+        raise DataError(
+            f"column {name!r} ({role} ids) is {kind}; expected integers or text: cast it, or map another column"
+        )
     text = column.cast(pa.string()).combine_chunks()
     text = pa.concat_arrays(text.chunks) if isinstance(text, pa.ChunkedArray) else text
     _mark(reasons, np.asarray(pc.fill_null(pc.equal(text, ""), True), bool), f"null {role} id")
@@ -146,12 +162,21 @@ def _microseconds(column: pa.ChunkedArray, data: Data) -> tuple[npt.NDArray[np.i
     if pa.types.is_integer(kind):
         exact = pc.fill_null(column, 0).cast(pa.int64(), safe=False).to_numpy()
         return _scaled(exact, data.time_unit), ~_nulls(column)
-    if not (pa.types.is_floating(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
-        raise DataError(f"column {data.columns.time!r} (time) is {kind}; expected a timestamp, a number or text")
+    if not (
+        pa.types.is_floating(kind)
+        or pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_null(kind)
+    ):
+        raise DataError(
+            f"column {data.columns.time!r} (time) is {kind}; expected a timestamp, a number or text"
+        )
     numbers = to_number(column).to_numpy(zero_copy_only=False).astype(float)
     micros = numbers * _UNIT_US[data.time_unit]
     if not pa.types.is_floating(kind):
-        dates = pd.Series(np.where(np.isnan(numbers), column.to_numpy(zero_copy_only=False), None), dtype=object)
+        dates = pd.Series(
+            np.where(np.isnan(numbers), column.to_numpy(zero_copy_only=False), None), dtype=object
+        )
         parsed = pd.to_datetime(dates, errors="coerce", utc=True, format="ISO8601")
         known = parsed.notna().to_numpy()
         micros[known] = parsed[known].dt.as_unit("us").astype(np.int64).to_numpy()
@@ -215,7 +240,11 @@ def _feature(raw: pa.Table, feature: Feature, reasons: npt.NDArray[np.object_]) 
         return _text_or_null(raw, feature.column)
     column = _plain(raw.column(feature.column))
     numbers = to_number(column).to_numpy(zero_copy_only=False).astype(float)
-    _mark(reasons, np.isinf(numbers) | (np.isnan(numbers) & ~_nulls(column)), f"feature {feature.name} is not a finite number")
+    _mark(
+        reasons,
+        np.isinf(numbers) | (np.isnan(numbers) & ~_nulls(column)),
+        f"feature {feature.name} is not a finite number",
+    )
     if feature.transform == "log1p":
         _mark(reasons, numbers <= -1, f"feature {feature.name} is too small for log1p")
         with np.errstate(invalid="ignore", divide="ignore"):

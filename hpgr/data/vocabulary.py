@@ -42,7 +42,15 @@ def count(table: pa.Table, training: npt.NDArray[np.bool_], data: Data) -> pa.Ta
             parts.append(_count_values(FEATURE_PREFIX + feature.name, column))
         else:
             values = column.drop_null().to_numpy()
-            parts.append(_frame(FEATURE_PREFIX + feature.name, [""], [len(values)], sum=[values.sum()], squares=[(values**2).sum()]))
+            parts.append(
+                _frame(
+                    FEATURE_PREFIX + feature.name,
+                    [""],
+                    [len(values)],
+                    sum=[values.sum()],
+                    squares=[(values**2).sum()],
+                )
+            )
     return pa.concat_tables(parts)
 
 
@@ -88,7 +96,9 @@ class Vocabulary:
     oov_buckets: int
 
     @classmethod
-    def from_counts(cls, counts: pa.Table, config: VocabularyConfig, features: Iterable[Feature]) -> Vocabulary:
+    def from_counts(
+        cls, counts: pa.Table, config: VocabularyConfig, features: Iterable[Feature]
+    ) -> Vocabulary:
         """Most frequent first, ties by id: so no index depends on the order of the log."""
         items = counts.filter(pc.equal(counts.column("field"), ITEM_FIELD))
         items = items.filter(pc.greater_equal(items.column("count"), config.min_count))
@@ -101,7 +111,9 @@ class Vocabulary:
                 categories[field] = _index(counts, field)
             else:
                 moments[field] = _moments(counts, field)
-        return cls(items.select(["value", "count", "shown", "clicked"]), categories, moments, config.oov_buckets)
+        return cls(
+            items.select(["value", "count", "shown", "clicked"]), categories, moments, config.oov_buckets
+        )
 
     @property
     def first_item(self) -> int:

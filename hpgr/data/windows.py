@@ -74,15 +74,23 @@ def impression_windows(timelines: Timelines, stream: Stream, bucket: int, split:
     gap = np.cumsum(np.diff(chosen, prepend=-1) > 1)
     run = run_starts(user, step, gap)
     piece = (np.arange(len(chosen)) - run) // stream.window
-    first = np.flatnonzero(np.diff(run_starts(run, piece), prepend=-1) > 0) if len(chosen) else np.zeros(0, np.int64)
+    first = (
+        np.flatnonzero(np.diff(run_starts(run, piece), prepend=-1) > 0)
+        if len(chosen)
+        else np.zeros(0, np.int64)
+    )
     last = np.append(first[1:], len(chosen))[: len(first)] - 1
     start = step[first] * stream.stride
     stop = np.maximum(start, seen[last])
     inside = timelines.t_offsets[user[first]]
-    return _build(timelines, bucket, user[first], start, stop, chosen[first] - inside, chosen[last] + 1 - inside)
+    return _build(
+        timelines, bucket, user[first], start, stop, chosen[first] - inside, chosen[last] + 1 - inside
+    )
 
 
-def _build(timelines: Timelines, bucket: int, row: Ints, start: Ints, stop: Ints, t_start: Ints, t_stop: Ints) -> Windows:
+def _build(
+    timelines: Timelines, bucket: int, row: Ints, start: Ints, stop: Ints, t_start: Ints, t_stop: Ints
+) -> Windows:
     key = combine(timelines.user_hash[row], start, t_start).view(np.int64)
     return Windows(np.full(len(row), bucket, np.int64), row, start, stop, t_start, t_stop, key)
 
@@ -111,4 +119,3 @@ def split_begins(timelines: Timelines, split: int) -> Ints:
     held = timelines.t_split == split
     np.minimum.at(begins, user[held], timelines.t_time[held])
     return np.where(begins == never, 0, begins)
-

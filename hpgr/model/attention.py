@@ -9,7 +9,13 @@ from torch.nn import functional as F
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, self_kv: tuple[Tensor, Tensor], bias: Tensor, self_bias: Tensor, weights: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    self_kv: tuple[Tensor, Tensor],
+    bias: Tensor,
+    self_bias: Tensor,
+    weights: Tensor,
 ) -> Tensor:
     """sum_j g_j SiLU(q.k_j / sqrt(E) + b_j) v_j / sum_j g_j over the history and the query itself (weight 1).
 

@@ -41,19 +41,25 @@ class Features(nn.Module):
     def __init__(self, sizes: Sizes, width: int) -> None:
         super().__init__()
         shown = set(sizes.h_cat) | set(sizes.t_cat)
-        self.tables = nn.ModuleDict({_key(n): nn.Embedding(s, width) for n, s in sizes.categories.items() if n in shown})
+        self.tables = nn.ModuleDict(
+            {_key(n): nn.Embedding(s, width) for n, s in sizes.categories.items() if n in shown}
+        )
         numeric = dict.fromkeys([*sizes.h_num, *sizes.t_num])
         self.slopes = nn.ParameterDict({_key(n): nn.Parameter(torch.randn(width) * 0.02) for n in numeric})
         self.missing = nn.ParameterDict({_key(n): nn.Parameter(torch.zeros(width)) for n in numeric})
 
-    def forward(self, cat: Tensor, num: Tensor, cat_names: tuple[str, ...], num_names: tuple[str, ...]) -> Tensor | float:
+    def forward(
+        self, cat: Tensor, num: Tensor, cat_names: tuple[str, ...], num_names: tuple[str, ...]
+    ) -> Tensor | float:
         """[B, T, F] categorical indices and [B, T, G] standardised numbers (NaN = missing) -> [B, T, D]."""
         out: Tensor | float = 0.0
         for i, name in enumerate(cat_names):
             out = out + self.tables[_key(name)](cat[..., i])
         for i, name in enumerate(num_names):
             gone = num[..., i, None].isnan()
-            out = out + torch.where(gone, self.missing[_key(name)], num[..., i, None].nan_to_num() * self.slopes[_key(name)])
+            out = out + torch.where(
+                gone, self.missing[_key(name)], num[..., i, None].nan_to_num() * self.slopes[_key(name)]
+            )
         return out
 
 

@@ -45,7 +45,9 @@ class MaskedItemModel(nn.Module):
         self.events = EventEncoder(config.model, sizes)
         self.sem = Sem(config.model)
         self.gate = nn.Parameter(torch.zeros(config.model.width))
-        self.head = nn.Sequential(nn.Linear(config.model.width, config.model.width), nn.GELU(), nn.LayerNorm(config.model.width))
+        self.head = nn.Sequential(
+            nn.Linear(config.model.width, config.model.width), nn.GELU(), nn.LayerNorm(config.model.width)
+        )
         self.item_bias = nn.Parameter(torch.zeros(sizes.items))
         number_sites(self)
 
@@ -75,7 +77,11 @@ class MaskedItemModel(nn.Module):
         table, bias = self.events.item.weight, self.item_bias
         log_q = negatives.log_q
         positive = (state * table[target]).sum(-1) + bias[target] - log_q[target - self.first_item]
-        others = state @ table[negatives.items].T + bias[negatives.items] - log_q[negatives.items - self.first_item]
+        others = (
+            state @ table[negatives.items].T
+            + bias[negatives.items]
+            - log_q[negatives.items - self.first_item]
+        )
         others = others.masked_fill(negatives.items == target[:, None], float("-inf"))
         logits = torch.cat([positive[:, None], others], 1).float()
         return F.cross_entropy(logits, torch.zeros_like(target), reduction="sum")
@@ -97,7 +103,12 @@ class ClickModel(nn.Module):
             self.gate_intra = nn.Parameter(torch.zeros(model.width))
             self.gate_inter = nn.Parameter(torch.zeros(model.width))
         self.encoder = HstuEncoder(model, config.stream.window)
-        self.head = nn.Sequential(nn.LayerNorm(model.width), nn.Linear(model.width, model.width), nn.GELU(), nn.Linear(model.width, 1))
+        self.head = nn.Sequential(
+            nn.LayerNorm(model.width),
+            nn.Linear(model.width, model.width),
+            nn.GELU(),
+            nn.Linear(model.width, 1),
+        )
         nn.init.constant_(self.head[-1].bias, math.log(sizes.base_rate / (1 - sizes.base_rate)))
         frozen = model.pgsa.enabled and model.pgsa.anchors == "frozen"
         self.register_buffer("anchor_table", torch.zeros(sizes.items if frozen else 0, model.width))
@@ -144,7 +155,9 @@ class ClickModel(nn.Module):
         n = x.h_item.shape[1]
         if not sparse:
             return visible_mask(visible, n)
-        anchors, real = select_anchors(self.anchor_vectors(item), self.anchor_vectors(x.h_item), visible, self.config.pgsa.top_k)
+        anchors, real = select_anchors(
+            self.anchor_vectors(item), self.anchor_vectors(x.h_item), visible, self.config.pgsa.top_k
+        )
         return gaussian_weights(anchors, real, visible, n, self.config.pgsa.sigma)
 
     def anchor_vectors(self, item: Tensor) -> Tensor:

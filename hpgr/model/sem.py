@@ -30,7 +30,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, allowed: Tensor, noise: Noise | None, stream: int) -> Tensor:
         """[B, T, D] under a mask [B, T, T] of allowed keys; every query must be allowed one."""
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.qkv(self.norm1(x)).chunk(3, -1))
+        q, k, v = (
+            y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.qkv(self.norm1(x)).chunk(3, -1)
+        )
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed[:, None])
         x = x + self.drop1(self.out(mixed.transpose(1, 2).flatten(2)), noise, stream)
         return x + self.drop2(self.mlp(self.norm2(x)), noise, stream)
@@ -49,7 +51,9 @@ class Sem(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.back = nn.Linear(width, width)
 
-    def forward(self, tokens: Tensor, x: Inputs, noise: Noise | None, causal: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, tokens: Tensor, x: Inputs, noise: Noise | None, causal: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """History tokens [B, N, D] -> (intra-session encoding, inter-session context), both [B, N, D].
 
         `causal` [B] chooses the form row by row; None takes the batch's own.
@@ -63,7 +67,9 @@ class Sem(nn.Module):
 
     def _context(self, encoded: Tensor, x: Inputs, causal: Tensor, noise: Noise | None) -> Tensor:
         n = int(x.h_session.max()) + 1
-        member = (x.h_session[:, None, :] == torch.arange(n, device=encoded.device)[:, None]) & x.h_real[:, None, :]
+        member = (x.h_session[:, None, :] == torch.arange(n, device=encoded.device)[:, None]) & x.h_real[
+            :, None, :
+        ]
         member_BSN = member.to(encoded.dtype)
         size = member_BSN.sum(-1, keepdim=True)
         summary = member_BSN @ encoded / size.clamp(min=1)

@@ -22,7 +22,13 @@ SEAL = "checksums.json"
 _MODEL, _OPTIMISER, _STATE = "model.safetensors", "optimiser.safetensors", "state.json"
 
 
-def save(folder: Folder, step: int, model: dict[str, Tensor], optimiser: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def save(
+    folder: Folder,
+    step: int,
+    model: dict[str, Tensor],
+    optimiser: torch.optim.Optimizer,
+    state: dict[str, Any],
+) -> None:
     """Write checkpoint `step-<step>`; it counts once its seal is written."""
     tensors, plain = _flatten(optimiser)
     contents = {
@@ -54,7 +60,9 @@ def latest(folder: Folder, say: Callable[[str], None]) -> str | None:
     return None
 
 
-def load(folder: Folder, name: str, optimiser: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load(
+    folder: Folder, name: str, optimiser: torch.optim.Optimizer
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Model tensors and state of a checkpoint; the optimiser is restored in place."""
     contents = _verified(folder.sub(name))
     state = json.loads(contents[_STATE])

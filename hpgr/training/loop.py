@@ -95,14 +95,18 @@ class _Loop:
             self._rehearse()
             self._train()
         if p.best_file:
-            weights = distributed.from_first(None if distributed.rank() else self.context.folder.read(p.best_file))
+            weights = distributed.from_first(
+                None if distributed.rank() else self.context.folder.read(p.best_file)
+            )
             assert weights is not None
             self.model.load_state_dict(checkpoint.from_bytes(weights))
         return p
 
     def _restore(self) -> None:
         say = self.context.say if distributed.rank() == 0 else lambda _: None
-        name = distributed.from_first(checkpoint.latest(self.checkpoints, say) if distributed.rank() == 0 else None)
+        name = distributed.from_first(
+            checkpoint.latest(self.checkpoints, say) if distributed.rank() == 0 else None
+        )
         if name is None:
             return
         tensors, state = checkpoint.load(self.checkpoints, name, self.optimiser)
@@ -110,7 +114,9 @@ class _Loop:
         self.progress = Progress(**state)
         for _ in range(self.progress.global_step):
             self.schedule.step()
-        say(f"{self.stage.name}: continuing from {name}, epoch {self.progress.epoch + 1}, step {self.progress.step + 1}")
+        say(
+            f"{self.stage.name}: continuing from {name}, epoch {self.progress.epoch + 1}, step {self.progress.step + 1}"
+        )
 
     def _rehearse(self) -> None:
         """One forward and backward of the heaviest batch, so that a lack of memory shows now."""
@@ -125,19 +131,26 @@ class _Loop:
         for step in steps:
             waited = time.monotonic() - mark
             self._step(step)
-            p.epoch, p.step = (step.epoch + 1, 0) if step.step + 1 == step.steps else (step.epoch, step.step + 1)
+            p.epoch, p.step = (
+                (step.epoch + 1, 0) if step.step + 1 == step.steps else (step.epoch, step.step + 1)
+            )
             every = self.stage.validate_every
             now = time.monotonic()
             p.waited, p.seconds = p.waited + waited, p.seconds + now - mark
             if p.step == 0 or (every and p.global_step % every == 0):
                 self._validate()
                 if p.stale >= self.stage.patience:
-                    self.context.say(f"{self.stage.name}: no better {self.stage.metric} for {p.stale} validations, stopping")
+                    self.context.say(
+                        f"{self.stage.name}: no better {self.stage.metric} for {p.stale} validations, stopping"
+                    )
                     break
-            elif self.context.checkpoints.every_steps and p.global_step % self.context.checkpoints.every_steps == 0:
+            elif (
+                self.context.checkpoints.every_steps
+                and p.global_step % self.context.checkpoints.every_steps == 0
+            ):
                 self._save()
             mark = time.monotonic()
-            if mark - spoken > SAY_EVERY_SECONDS:
+            if p.step and mark - spoken > SAY_EVERY_SECONDS:
                 spoken = mark
                 self.context.say(f"{self.stage.name}: epoch {step.epoch + 1}/{self.stage.epochs} step {step.step + 1}/{step.steps} "
                                  f"loss {p.loss_sum / max(1.0, p.loss_count):.4f} data wait {p.waited / p.seconds:.1%}")  # fmt: skip
@@ -192,13 +205,25 @@ class _Loop:
             self._keep_best()
         self._save()
         shown = " ".join(f"{k} {v:.4f}" for k, v in figures.items() if isinstance(v, float))
-        self.context.say(f"{stage.name}: epoch {p.epoch} step {p.global_step} loss {loss:.4f} | validation {shown}{' *' if better else ''}")
+        self.context.say(
+            f"{stage.name}: epoch {p.epoch} step {p.global_step} loss {loss:.4f} | validation {shown}{' *' if better else ''}"
+        )
         self.context.log(stage.name, {"train_loss": loss, "lr": point["lr"], "data_wait": point["data_wait"],
                                       **{f"validation/{k}": v for k, v in figures.items() if isinstance(v, float)}}, p.global_step)  # fmt: skip
-        self.context.report({"stage": stage.name, "epoch": p.epoch, "train_loss": loss, **{k: v for k, v in figures.items() if v is not None}})
+        self.context.report(
+            {
+                "stage": stage.name,
+                "epoch": p.epoch,
+                "train_loss": loss,
+                **{k: v for k, v in figures.items() if v is not None},
+            }
+        )
 
     def _keep_best(self) -> None:
-        old, self.progress.best_file = self.progress.best_file, f"best-{self.progress.global_step:08d}.safetensors"
+        old, self.progress.best_file = (
+            self.progress.best_file,
+            f"best-{self.progress.global_step:08d}.safetensors",
+        )
         if distributed.rank() == 0:
             self.context.folder.write(self.progress.best_file, checkpoint.to_bytes(self._tensors()))
             for name in self.context.folder.entries():
@@ -224,5 +249,3 @@ def _steps_of(stage: Stage) -> Iterator[int]:
 
 def _stage_number(name: str) -> int:
     return {"stage1": 1, "stage2": 2}[name]
-
-

@@ -16,7 +16,10 @@ def make_optimiser(model: nn.Module, config: Optimiser) -> torch.optim.AdamW:
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     decayed = [p for p in model.parameters() if id(p) in linear]
     others = [p for p in model.parameters() if id(p) not in linear]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 

@@ -22,7 +22,9 @@ class MaskedItemStage:
 
     name, metric = "stage1", "ndcg@10"
 
-    def __init__(self, config: Config, sizes: Sizes, counts: Array, stream: StreamSpec, validation: StreamSpec) -> None:
+    def __init__(
+        self, config: Config, sizes: Sizes, counts: Array, stream: StreamSpec, validation: StreamSpec
+    ) -> None:
         stage = config.stage1
         self.epochs, self.patience, self.validate_every = stage.epochs, stage.patience, 0
         self.optimiser, self.stream, self.validation = stage.optimiser, stream, validation
@@ -56,7 +58,11 @@ class ClickStage:
 
     def __init__(self, config: Config, sizes: Sizes, stream: StreamSpec, validation: StreamSpec) -> None:
         stage = config.stage2
-        self.epochs, self.patience, self.validate_every = stage.epochs, stage.patience, stage.validate_every_steps
+        self.epochs, self.patience, self.validate_every = (
+            stage.epochs,
+            stage.patience,
+            stage.validate_every_steps,
+        )
         self.optimiser, self.stream, self.validation = stage.optimiser, stream, validation
         self.model = ClickModel(config, sizes)
 

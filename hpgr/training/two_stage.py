@@ -16,6 +16,7 @@ from hpgr.artifacts import Folder, fingerprint
 from hpgr.config import Config, dump
 from hpgr.data.preparation import Prepared
 from hpgr.data.stream import Source, StreamSpec
+from hpgr.errors import ArtifactError
 from hpgr.evaluation import click_scores, score
 from hpgr.metrics import auc
 from hpgr.model.embedding import Sizes
@@ -26,7 +27,14 @@ from hpgr.training.loop import Context, Progress, fit
 from hpgr.training.stage import Stage
 from hpgr.training.stages import ClickStage, MaskedItemStage
 
-INDEXES = ("masked", "next_item-validation", "next_item-test", "click-train", "click-validation", "click-test")
+INDEXES = (
+    "masked",
+    "next_item-validation",
+    "next_item-test",
+    "click-train",
+    "click-validation",
+    "click-test",
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,11 @@ class Run:
             group_tokens=config.stream.group_tokens,
             seed=config.seed,
         )
-        return replace(spec, mask_ratio=config.stage1.mask_ratio, causal_share=config.stage1.causal_share) if name == "masked" else spec
+        return (
+            replace(spec, mask_ratio=config.stage1.mask_ratio, causal_share=config.stage1.causal_share)
+            if name == "masked"
+            else spec
+        )
 
     def sizes(self) -> Sizes:
         """What models must know of the prepared log."""
@@ -86,6 +98,7 @@ def train(run: Run, worker: Worker) -> dict[str, Any]:
     """Both stages and the test; returns the run's figures, the same on every worker."""
     torch.manual_seed(run.config.seed)
     torch.use_deterministic_algorithms(worker.device.type == "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = False
     worker = replace(worker, say=worker.say if distributed.rank() == 0 else lambda _: None)
     items = run.prepared.folder.read_parquet("vocabulary.parquet")
     out: dict[str, Any] = {"curves": [], "seconds": {}}
@@ -103,10 +116,14 @@ def train(run: Run, worker: Worker) -> dict[str, Any]:
 
 def _masked_stage(run: Run, items: pa.Table) -> MaskedItemStage:
     counts = items.column("count").to_numpy().astype(np.float64)
-    return MaskedItemStage(run.config, run.sizes(), counts, run.spec("masked"), run.spec("next_item-validation"))
+    return MaskedItemStage(
+        run.config, run.sizes(), counts, run.spec("masked"), run.spec("next_item-validation")
+    )
 
 
-def _finish(run: Run, worker: Worker, stage: Stage, out: dict[str, Any], test: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _finish(
+    run: Run, worker: Worker, stage: Stage, out: dict[str, Any], test: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
     """A stage's figures: trained and tested now, or as the run folder has them."""
     folder = run.folder.sub(stage.name)
     done = distributed.from_first(_done(folder) if distributed.rank() == 0 else None)
@@ -118,6 +135,7 @@ def _finish(run: Run, worker: Worker, stage: Stage, out: dict[str, Any], test: C
         if distributed.rank() == 0:
             folder.write_json("done.json", done)
     else:
+        _check(done, run, stage.name)
         worker.say(f"{stage.name}: finished before, taking {folder.uri}/{done['best_file']}")
         stage.model.load_state_dict(checkpoint.from_bytes(folder.read(done["best_file"])))
         stage.model.to(worker.device)
@@ -129,6 +147,13 @@ def _finish(run: Run, worker: Worker, stage: Stage, out: dict[str, Any], test: C
 
 def _done(folder: Folder) -> dict[str, Any] | None:
     return folder.read_json("done.json") if folder.exists("done.json") else None
+
+
+def _check(done: dict[str, Any], run: Run, stage: str) -> None:
+    if done["settings"] != stage_key(run, stage):
+        raise ArtifactError(
+            f"{run.folder.uri}/{stage} was trained on other data or with other settings; use another --run folder"
+        )
 
 
 def stage_key(run: Run, stage: str) -> str:
@@ -153,7 +178,12 @@ def _figures(progress: Progress) -> dict[str, Any]:
 def _context(run: Run, worker: Worker, folder: Folder) -> Context:
     config, sizes = run.config, run.sizes()
     window, budget = config.stream.window, config.stream.batch_tokens
-    widths = {"h_cat": len(sizes.h_cat), "h_num": len(sizes.h_num), "t_cat": len(sizes.t_cat), "t_num": len(sizes.t_num)}
+    widths = {
+        "h_cat": len(sizes.h_cat),
+        "h_num": len(sizes.h_num),
+        "t_cat": len(sizes.t_cat),
+        "t_num": len(sizes.t_num),
+    }
     rows = max(1, budget // (2 * window) // distributed.world())
     return Context(
         folder=folder,
@@ -178,11 +208,16 @@ def _test_click(run: Run, worker: Worker, model: ClickModel, items: pa.Table) ->
     """Test figures; the first worker keeps every score, with what the report's plots need."""
     own = score(model, worker.source.evaluation(run.spec("click-test")), worker.device)
     scores = pa.concat_tables(distributed.gather(own))
-    scores = scores.sort_by([("user_hash", "ascending"), ("time", "ascending"), ("item", "ascending"), ("request", "ascending")])
+    scores = scores.sort_by(
+        [("user_hash", "ascending"), ("time", "ascending"), ("item", "ascending"), ("request", "ascending")]
+    )
     first_item = run.sizes().first_item
     known = scores.column("item").to_numpy() >= first_item
     index = np.where(known, scores.column("item").to_numpy() - first_item, 0)
-    per_item = {name: np.where(known, items.column(name).to_numpy()[index], 0) for name in ("count", "shown", "clicked")}
+    per_item = {
+        name: np.where(known, items.column(name).to_numpy()[index], 0)
+        for name in ("count", "shown", "clicked")
+    }
     names = pc.if_else(pa.array(known), items.column("value").combine_chunks().take(pa.array(index)), None)
     scores = scores.append_column("popularity", pa.array(per_item["count"])).append_column("item_id", names)
     if distributed.rank() == 0:
@@ -191,4 +226,3 @@ def _test_click(run: Run, worker: Worker, model: ClickModel, items: pa.Table) ->
     rate = (per_item["clicked"] + 10 * run.sizes().base_rate) / (per_item["shown"] + 10)
     return click_scores(scores).compute() | {"baselines_auc": {
         "item popularity": auc(per_item["count"].astype(float), label), "item click rate": auc(rate, label)}}  # fmt: skip
-

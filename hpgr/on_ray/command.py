@@ -1,0 +1,72 @@
+"""What all jobs share: arguments, messages, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from hpgr.config import Config, load_config, to_yaml
+from hpgr.errors import HpgrError
+
+CONFIGS = Path(__file__).resolve().parents[2] / "jobs" / "configs"
+DEFAULT = CONFIGS / "synthetic.yaml"
+_START = time.monotonic()
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Arguments of every job that takes a configuration."""
+    out = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    out.add_argument("--config", metavar="FILE", help="YAML file (default: the generated log)")
+    out.add_argument(
+        "--set",
+        metavar="A.B=C",
+        action="append",
+        default=[],
+        dest="overrides",
+        help="override one key; repeatable",
+    )
+    out.add_argument("--print-config", action="store_true", help="show the resolved configuration and stop")
+    return out
+
+
+def configuration(arguments: argparse.Namespace) -> Config:
+    """The configuration that the arguments describe."""
+    return load_config(arguments.config or DEFAULT, arguments.overrides)
+
+
+def new_run(name: str) -> str:
+    """Folder of a run that was given none: runs/<name>-<time>."""
+    return f"runs/{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+
+
+def say(line: str) -> None:
+    """One line of progress with the seconds since the job began."""
+    print(f"[{time.monotonic() - _START:6.1f}s] {line}", flush=True)
+
+
+def print_config(config: Config) -> None:
+    sys.stdout.write(to_yaml(config))
+
+
+def main(job: Callable[[Sequence[str]], None]) -> None:
+    """Run a job: 0 on success, 2 with the message alone for an error a user can act on, 130 when interrupted."""
+    if not os.environ.get("HPGR_WARNINGS"):
+        warnings.simplefilter("ignore")
+    try:
+        job(sys.argv[1:])
+    except HpgrError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(
+            "interrupted; run the same command with --run and --resume to go on", file=sys.stderr, flush=True
+        )
+        sys.exit(130)

@@ -1,0 +1,210 @@
+"""The main job: prepare, index, train both stages, test, report. What the run folder has is not done again."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+import torch
+
+import hpgr
+from hpgr.artifacts import FORMAT, Folder, check_format
+from hpgr.config import Config, dump, to_yaml, validate
+from hpgr.data.preparation import Execute, Prepared, generated_log, prepare
+from hpgr.data.sessions import EDGES, session_statistics
+from hpgr.data.stream import build_index
+from hpgr.errors import ArtifactError, ConfigError
+from hpgr.metrics import auc
+from hpgr.on_ray.parallel import RayExecute
+from hpgr.on_ray.session import session
+from hpgr.on_ray.train import run_training
+from hpgr.report import ReportData, render_report
+from hpgr.schema import SECOND, Timelines
+from hpgr.training.two_stage import INDEXES, Run
+
+Say = Callable[[str], None]
+FREE_ON_RESUME = ("resources", "checkpoints")
+"""Sections that may differ when a run goes on: they change no result."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a job was asked: the run folder, and the configuration (None with `resume`: the folder's own)."""
+
+    run: str
+    config: Config | None
+    resume: bool
+
+
+def open_run(request: Request) -> tuple[Config, Folder]:
+    """The run's configuration and folder; a new folder gets its configuration written.
+
+    Raises:
+        ArtifactError: the folder holds a run and `resume` was not asked, or the reverse, or another version's run.
+        ConfigError: a resumed run would change its settings.
+    """
+    folder = Folder(request.run)
+    if not folder.exists("run.json"):
+        if request.resume:
+            raise ArtifactError(
+                f"--resume: there is no run in {folder.uri}; leave --resume out to start one there"
+            )
+        assert request.config is not None
+        folder.write("config.yaml", to_yaml(request.config).encode())
+        folder.write_json(
+            "run.json", {"format": FORMAT, "config": dump(request.config), "versions": versions()}
+        )
+        return request.config, folder
+    stored = folder.read_json("run.json")
+    check_format(stored, f"run folder {folder.uri}")
+    if not request.resume:
+        raise ArtifactError(
+            f"{folder.uri} already holds a run; add --resume to go on with it, or give another --run"
+        )
+    config = validate(stored["config"])
+    if request.config is None:
+        return config, folder
+    changed = [
+        k for k, v in dump(request.config).items() if v != stored["config"][k] and k not in FREE_ON_RESUME
+    ]
+    if changed:
+        raise ConfigError(f"--resume goes on with the run's own settings, but {', '.join(changed)} differ(s) from "
+                          f"{folder.uri}/config.yaml; leave --config and --set out, or start another run")  # fmt: skip
+    return request.config, folder
+
+
+def two_stage(request: Request, say: Say) -> tuple[dict[str, Any], str]:
+    """Run, or go on with, the whole job; returns metrics.json and the run folder."""
+    start = time.monotonic()
+    config, folder = open_run(request)
+    if folder.exists("metrics.json"):
+        say(f"{folder.uri}: this run has finished; nothing to do")
+        return folder.read_json("metrics.json"), folder.uri
+    with session(say):
+        execute = RayExecute(say)
+        ready = time.monotonic()
+        run = Run(config, folder, _prepared(config, execute, say))
+        for name in INDEXES:
+            build_index(run.prepared, config, folder.sub("index"), name, execute)
+        statistics = _session_statistics(run, execute)
+        prepared_at = time.monotonic()
+        figures = run_training(run, say)
+    curves = figures.pop("curves")
+    figures["baselines"] |= _oracle(run)
+    seconds = {"ray": ready - start, "prepare": prepared_at - ready, **figures.pop("seconds")}
+    seconds["total"] = time.monotonic() - start
+    metrics = _metrics(run, figures, seconds)
+    folder.write_json("curves.json", curves)
+    folder.write("report.html", _report(run, metrics, curves, statistics).encode())
+    folder.write_json("metrics.json", metrics)
+    return metrics, folder.uri
+
+
+def prepare_only(config: Config, say: Say) -> Prepared:
+    """The preparation alone, as `jobs/prepare.py` runs it."""
+    with session(say):
+        return _prepared(config, RayExecute(say), say)
+
+
+def _prepared(config: Config, execute: Execute, say: Say) -> Prepared:
+    start = time.monotonic()
+    prepared = prepare(config, execute, say)
+    account, took = prepared.manifest["account"], time.monotonic() - start
+    say(f"prepare: {account['rows_in']:,} rows = {account['kept']:,} kept + {account['quarantined']:,} quarantined + "
+        f"{account['duplicates']:,} duplicates; {took:.1f} s, {account['rows_in'] / took:,.0f} rows/s")  # fmt: skip
+    return prepared
+
+
+def versions() -> dict[str, str]:
+    """Versions that results may depend on."""
+    return {"hpgr": hpgr.__version__, "python": platform.python_version(), "torch": torch.__version__,
+            "ray": ray.__version__, "pyarrow": pa.__version__, "numpy": np.__version__}  # fmt: skip
+
+
+def _statistics_of(bucket: int, prepared: Prepared, gap_minutes: float) -> dict[str, list[int]]:
+    return session_statistics(Timelines.from_table(prepared.timelines(bucket)), gap_minutes)
+
+
+def _session_statistics(run: Run, execute: Execute) -> dict[str, Any]:
+    gap = run.config.stream.session_gap_minutes
+    parts = list(
+        execute(
+            "sessions",
+            partial(_statistics_of, prepared=run.prepared, gap_minutes=gap),
+            range(run.prepared.buckets),
+        )
+    )
+    sums = {name: np.sum([p[name] for p in parts], axis=0) for name in parts[0]}
+    histograms: dict[str, Any] = {}
+    for name, counts in sums.items():
+        used = int(np.flatnonzero(counts)[-1]) + 1 if counts.any() else 1
+        histograms[name] = {"edges": EDGES[: used + 1], "counts": counts[:used].tolist()}
+    return {"gap_minutes": gap, **histograms}
+
+
+def _oracle(run: Run) -> dict[str, float]:
+    """AUC of the true click probabilities on the test impressions of the generated log."""
+    if run.config.data.path is not None:
+        return {}
+    truth_folder = generated_log(run.config.data).sub("truth")
+    filesystem, path = truth_folder.path()
+    truth = pa.concat_tables(
+        pq.read_table(f"{path}/{name}", filesystem=filesystem) for name in truth_folder.entries()
+    )
+    truth = truth.set_column(
+        truth.column_names.index("timestamp"), "time", pc.multiply(truth.column("timestamp"), SECOND)
+    )
+    scores = run.folder.read_parquet("stage2/test_scores.parquet", ["user", "item_id", "time", "label"])
+    joined = scores.join(
+        truth, ["user", "item_id", "time"], ["user_id", "item_id", "time"], join_type="inner"
+    )
+    value = auc(joined.column("probability").to_numpy(), joined.column("label").to_numpy())
+    return {} if value is None else {"oracle": value}
+
+
+def _metrics(run: Run, figures: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+    account, vocabulary = run.prepared.manifest["account"], run.prepared.manifest["vocabulary"]
+    facts = {name: account[name] for name in ("rows_in", "kept", "quarantined", "duplicates", "users")}
+    best = "stage2/" + figures["stage2"]["best_file"]
+    return {
+        "name": run.config.name,
+        "data": facts | {"items": vocabulary["items"]},
+        **figures,
+        "seconds": {k: round(v, 2) for k, v in seconds.items()},
+        "seed": run.config.seed,
+        "versions": versions(),
+        "files": {"report": f"{run.folder.uri}/report.html", "checkpoint": f"{run.folder.uri}/{best}"},
+    }
+
+
+def _report(
+    run: Run, metrics: dict[str, Any], curves: list[dict[str, Any]], statistics: dict[str, Any]
+) -> str:
+    manifest = run.prepared.manifest
+    account, vocabulary = manifest["account"], manifest["vocabulary"]
+    splits = {
+        n: {"rows": s["impressions"], "positives": s["positives"]} for n, s in account["splits"].items()
+    }
+    sizes = {"items": vocabulary["items"], **{k: v - 2 for k, v in vocabulary["categories"].items()}}
+    counts = {name: account[name] for name in ("users", "timelines", "history_events", "unused")}
+    return render_report(
+        ReportData(
+            name=run.config.name,
+            run=run.folder.uri,
+            metrics=metrics,
+            curves=curves,
+            scores=run.folder.read_parquet("stage2/test_scores.parquet"),
+            account={"quarantined": account["reasons"], "splits": splits, "vocabulary": sizes, "log": counts},
+            sessions=statistics,
+            config_yaml=to_yaml(run.config),
+        )
+    )

@@ -1,0 +1,69 @@
+"""Connect to the cluster a job runs on, or start a local Ray."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
+
+import ray
+
+from hpgr.errors import HpgrError
+
+ROOT = Path(__file__).resolve().parents[2]
+LOCAL_OBJECT_STORE = 1 << 30
+
+
+@contextmanager
+def session(say: Callable[[str], None]) -> Iterator[None]:
+    """A Ray to work on: the one already connected, the cluster of RAY_ADDRESS (set inside a submitted job),
+    or a local one that ends with the block."""
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(log_to_driver=False, logging_level=logging.WARNING)
+        else:
+            say("ray: starting a local Ray")
+            environment = {
+                "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+            }
+            ray.init(
+                num_cpus=os.cpu_count(),
+                object_store_memory=LOCAL_OBJECT_STORE,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                runtime_env={"env_vars": environment},
+            )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        address = os.environ.get("RAY_ADDRESS", "a local Ray")
+        raise HpgrError(
+            f"cannot reach {address}: {error}; check RAY_ADDRESS and RAY_AUTH_MODE, or unset them"
+        ) from error
+    quieten()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def quieten() -> None:
+    """Leave a job's log to the job: no progress bars, no executor chatter."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for name in ("ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def cluster_cpus() -> float:
+    """CPUs of the cluster as it is now."""
+    return float(ray.cluster_resources().get("CPU", 1.0))

@@ -1,0 +1,241 @@
+"""Both stages on Ray Train: the worker's function, and the trainer that starts as many as the config says."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+import ray
+import ray.train
+import torch
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+import hpgr.errors
+from hpgr.artifacts import Folder
+from hpgr.config import Config, validate
+from hpgr.data.preparation import Prepared
+from hpgr.data.stream import LocalSource
+from hpgr.errors import HpgrError, TrainingError
+from hpgr.on_ray.session import cluster_cpus, quieten
+from hpgr.on_ray.stream import RaySource
+from hpgr.training.two_stage import Run, Worker, train
+
+
+class Log:
+    """TensorBoard scalars; a remote run folder gets the files when the worker ends."""
+
+    def __init__(self, folder: Folder, active: bool) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._folder = folder.sub("tensorboard")
+        self._local = Path(self._folder.path()[1]) if folder.is_local else Path(tempfile.mkdtemp())
+        self._writer = SummaryWriter(str(self._local)) if active else None
+
+    def __call__(self, stage: str, values: dict[str, float], step: int) -> None:
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(f"{stage}/{name}", value, step)
+
+    def close(self) -> None:
+        if self._writer is None:
+            return
+        self._writer.close()
+        if not self._folder.is_local:
+            filesystem, path = self._folder.path()
+            pafs.copy_files(
+                str(self._local),
+                path,
+                source_filesystem=pafs.LocalFileSystem(),
+                destination_filesystem=filesystem,
+            )
+            shutil.rmtree(self._local, ignore_errors=True)
+
+
+def run_training(run: Run, say: Callable[[str], None]) -> dict[str, Any]:
+    """Train and test a run with the workers its config asks for; returns its figures.
+
+    Raises:
+        HpgrError: of the worker's kind, or a TrainingError with the cause.
+    """
+    if run.config.resources.workers == 0:
+        torch.set_num_threads(os.cpu_count() or 1)
+        log = Log(run.folder, True)
+        try:
+            return train(run, Worker(LocalSource(), torch.device("cpu"), say, lambda _: None, log))
+        finally:
+            log.close()
+    return _on_workers(run, say)
+
+
+@ray.remote(num_cpus=0)
+class Mailbox:
+    """Lines and results from the first worker to the driver, so that a job's log shows them as they come."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.result: Any = None
+        self.error: tuple[str, str] | None = None
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+    def finish(self, result: Any) -> None:
+        self.result, self.error = result, None
+
+    def fail(self, kind: str, message: str) -> None:
+        self.error = (kind, message)
+
+    def take(self) -> list[str]:
+        lines, self.lines = self.lines, []
+        return lines
+
+    def outcome(self) -> tuple[Any, tuple[str, str] | None]:
+        return self.result, self.error
+
+
+@dataclass
+class _Relay:
+    """Prints what arrives in the mailbox, from a thread of the driver."""
+
+    mailbox: Any
+    say: Callable[[str], None]
+    stopped: bool = field(default=False)
+
+    def drain(self) -> None:
+        for line in ray.get(self.mailbox.take.remote()):
+            self.say(line)
+
+    def loop(self) -> None:
+        while not self.stopped:
+            self.drain()
+            time.sleep(0.5)
+
+
+def _on_workers(run: Run, say: Callable[[str], None]) -> dict[str, Any]:
+    resources = run.config.resources
+    cpus = cpus_per_worker(run.config, cluster_cpus())
+    check_resources(run.config, cpus)
+    mailbox = Mailbox.remote()
+    relay = _Relay(mailbox, say)
+    thread = threading.Thread(target=relay.loop, daemon=True)
+    payload = {
+        "config": run.config.model_dump(mode="json"), "run": run.folder.uri, "prepared": run.prepared.folder.uri,
+        "mailbox": mailbox, "threads": max(1, int(cluster_cpus() // resources.workers)) if not resources.gpu else None,
+    }  # fmt: skip
+    storage, filesystem = _storage(run.folder)
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config=payload,
+        torch_config=TorchConfig(backend="nccl" if resources.gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=resources.workers,
+            use_gpu=resources.gpu,
+            resources_per_worker={"CPU": cpus, **({"GPU": 1} if resources.gpu else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name="ray_train",
+            storage_path=storage,
+            storage_filesystem=filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=resources.max_failures),
+        ),
+    )
+    say(
+        f"train: starting {resources.workers} Ray Train worker(s), {cpus:g} CPU{' and a GPU' if resources.gpu else ''} each"
+    )
+    thread.start()
+    failure: Exception | None = None
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        failure = error
+    finally:
+        relay.stopped = True
+        thread.join()
+        relay.drain()
+    result, error = ray.get(mailbox.outcome.remote())
+    if error is not None:
+        raise getattr(hpgr.errors, error[0])(error[1])
+    if failure is not None or result is None:
+        raise TrainingError(
+            f"training failed: {_innermost(failure)}; run the same command with --resume to go on"
+        ) from failure
+    return dict(result)
+
+
+def _storage(folder: Folder) -> tuple[str, Any]:
+    filesystem, path = folder.path()
+    return (path, None) if folder.is_local else (path, filesystem)
+
+
+def _innermost(error: BaseException | None) -> str:
+    if error is None:
+        return "no result came back"
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+def cpus_per_worker(config: Config, cluster: float) -> float:
+    """CPUs a worker reserves: as configured, else an equal share with room left for two data tasks a worker."""
+    resources = config.resources
+    if resources.cpus_per_worker is not None:
+        return resources.cpus_per_worker
+    share = cluster / resources.workers - 2 * resources.data_cpus
+    return max(1.0, float(int(share))) if share >= 1 else max(0.25, round(share, 2))
+
+
+def check_resources(config: Config, cpus: float) -> None:
+    """Refuse at once what this cluster can never give; an autoscaling cluster is given the benefit of the doubt.
+
+    Raises:
+        HpgrError: what is asked for and what there is.
+    """
+    have = ray.cluster_resources()
+    workers = config.resources.workers
+    need = {"CPU": workers * cpus, "GPU": float(workers * config.resources.gpu)}
+    if os.environ.get("RAY_ENABLE_AUTOSCALER") == "1" or _autoscales():
+        return
+    for kind, amount in need.items():
+        if amount > have.get(kind, 0.0):
+            raise HpgrError(f"resources: {workers} worker(s) need {amount:g} {kind}, the cluster has {have.get(kind, 0.0):g}; "
+                            "lower resources.workers or cpus_per_worker, or use a larger cluster")  # fmt: skip
+
+
+def _autoscales() -> bool:
+    """Whether an autoscaler watches this cluster (its status is kept in the cluster's internal store)."""
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    return _internal_kv_get(b"__autoscaling_config") is not None
+
+
+def _worker(payload: dict[str, Any]) -> None:
+    quieten()
+    config = validate(payload["config"])
+    context = ray.train.get_context()
+    rank, mailbox = context.get_world_rank(), payload["mailbox"]
+    if payload["threads"]:
+        torch.set_num_threads(payload["threads"])
+    run = Run(config, Folder(payload["run"]), Prepared.open(Folder(payload["prepared"])))
+    source = RaySource(rank, context.get_world_size(), config.resources.data_cpus)
+    log = Log(run.folder, active=rank == 0)
+    say = lambda line: ray.get(mailbox.say.remote(line))
+    try:
+        result = train(run, Worker(source, get_device(), say, lambda m: ray.train.report(m), log))
+        if rank == 0:
+            ray.get(mailbox.finish.remote(result))
+    except HpgrError as error:
+        # A user's error would only repeat itself: hand it over and end without another try.
+        ray.get(mailbox.fail.remote(type(error).__name__, str(error)))
+        if isinstance(error, TrainingError):
+            return
+        raise
+    finally:
+        log.close()
