@@ -39,6 +39,7 @@ USER, ITEM, TIME = "user", "item", "time"
 LABEL, ACTION, REQUEST, ORDER = "label", "action", "request", "order"
 IN_HISTORY, IS_TARGET, SOURCE = "in_history", "is_target", "source"
 FEATURE_PREFIX = "feature:"
+_FEATURES = ("h_cat", "h_num", "t_cat", "t_num")
 
 HISTORY_FIELDS = {"item": pa.int32(), "time": pa.int64(), "action": pa.int32(), "visible": pa.int32()}
 TARGET_FIELDS = {
@@ -200,6 +201,8 @@ class Batch:
     def to_table(self, **extra: int) -> pa.Table:
         """One Arrow row with list columns (and integer columns `extra`): how a batch crosses processes."""
         columns: dict[str, pa.Array] = {name: pa.array([value], pa.int64()) for name, value in extra.items()}
+        for name in _FEATURES:
+            columns[name + "_width"] = pa.array([getattr(self, name).shape[1]], pa.int64())
         for f in fields(self):
             value = getattr(self, f.name)
             flat = value if isinstance(value, pa.Array) else pa.array(np.ravel(value))
@@ -214,9 +217,7 @@ class Batch:
         for f in fields(cls):
             flat = _list_array(table.column(f.name)).flatten()
             values[f.name] = flat if f.name == "user" else flat.to_numpy(zero_copy_only=False)
-        for prefix in ("h_", "t_"):
-            rows = len(values[prefix + "item"])
-            for kind in ("cat", "num"):
-                flat = values[prefix + kind]
-                values[prefix + kind] = flat.reshape(rows, len(flat) // rows if rows else 0)
+        for name in _FEATURES:
+            width = table.column(name + "_width")[0].as_py()
+            values[name] = values[name].reshape(len(values[name[:2] + "item"]), width)
         return cls(**values)

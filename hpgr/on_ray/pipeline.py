@@ -119,8 +119,10 @@ def _prepared(config: Config, execute: Execute, say: Say) -> Prepared:
     start = time.monotonic()
     prepared = prepare(config, execute, say)
     account, took = prepared.manifest["account"], time.monotonic() - start
-    say(f"prepare: {account['rows_in']:,} rows = {account['kept']:,} kept + {account['quarantined']:,} quarantined + "
-        f"{account['duplicates']:,} duplicates; {took:.1f} s, {account['rows_in'] / took:,.0f} rows/s")  # fmt: skip
+    rows = account["rows_in"]
+    rate = f"; {took:.1f} s, {rows / took:,.0f} rows/s" if took > 1 else ""
+    parts = " + ".join(f"{account[name]:,} {name}" for name in ("kept", "quarantined", "duplicates"))
+    say(f"prepare: {rows:,} rows = {parts}{rate}")
     return prepared
 
 

@@ -27,13 +27,17 @@ def session(say: Callable[[str], None]) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    # It warns at every start of the token it keeps for local clusters; the README says what that means.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     try:
         if os.environ.get("RAY_ADDRESS"):
             ray.init(log_to_driver=False, logging_level=logging.WARNING)
         else:
             say("ray: starting a local Ray")
             environment = {
-                "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+                "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+                # Idle OpenMP threads of the trainer would spin on the cores that data tasks need.
+                "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
             }
             ray.init(
                 num_cpus=os.cpu_count(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,13 +16,14 @@ from hpgr.artifacts import Folder
 from hpgr.config import Checkpoints
 from hpgr.data.batches import mock_batch
 from hpgr.data.hashing import combine
-from hpgr.data.stream import Step
+from hpgr.data.stream import Source, Step
 from hpgr.errors import TrainingError
 from hpgr.model.inputs import pad
 from hpgr.model.noise import Noise
 from hpgr.schema import Batch
 from hpgr.training import checkpoint, distributed
-from hpgr.training.stage import Source, Stage
+from hpgr.training.optimiser import make_optimiser, make_schedule
+from hpgr.training.stage import Stage
 
 SAY_EVERY_SECONDS = 10.0
 
@@ -77,17 +78,16 @@ def fit(stage: Stage, context: Context) -> Progress:
 
 class _Loop:
     def __init__(self, stage: Stage, context: Context) -> None:
-        from hpgr.training.optimiser import make_optimiser, make_schedule
-
         self.stage, self.context = stage, context
         self.model = stage.model.to(context.device)
         self.optimiser = make_optimiser(self.model, stage.optimiser)
-        first_epoch = len(list(_steps_of(stage)))
-        self.schedule = make_schedule(self.optimiser, stage.optimiser, stage.epochs * first_epoch)
+        steps = sum(len(group.batches) for group in stage.stream.plan(0))
+        self.schedule = make_schedule(self.optimiser, stage.optimiser, stage.epochs * steps)
         self.progress = Progress()
         self.checkpoints = context.folder.sub("checkpoints")
         self._restore()
         self.parallel = distributed.wrap(self.model, context.device)
+        self.spoken = time.monotonic()
 
     def run(self) -> Progress:
         p = self.progress
@@ -112,8 +112,7 @@ class _Loop:
         tensors, state = checkpoint.load(self.checkpoints, name, self.optimiser)
         self.model.load_state_dict(tensors)
         self.progress = Progress(**state)
-        for _ in range(self.progress.global_step):
-            self.schedule.step()
+        self.schedule.last_epoch = self.progress.global_step
         say(
             f"{self.stage.name}: continuing from {name}, epoch {self.progress.epoch + 1}, step {self.progress.step + 1}"
         )
@@ -125,35 +124,38 @@ class _Loop:
         self.optimiser.zero_grad(set_to_none=True)
 
     def _train(self) -> None:
-        p = self.progress
-        steps = self.context.source.steps(self.stage.stream, range(p.epoch, self.stage.epochs), p.step)
-        spoken = mark = time.monotonic()
-        for step in steps:
-            waited = time.monotonic() - mark
+        p, stage = self.progress, self.stage
+        mark = time.monotonic()
+        for step in self.context.source.steps(stage.stream, range(p.epoch, stage.epochs), p.step):
+            p.waited += time.monotonic() - mark
             self._step(step)
-            p.epoch, p.step = (
-                (step.epoch + 1, 0) if step.step + 1 == step.steps else (step.epoch, step.step + 1)
-            )
-            every = self.stage.validate_every
-            now = time.monotonic()
-            p.waited, p.seconds = p.waited + waited, p.seconds + now - mark
-            if p.step == 0 or (every and p.global_step % every == 0):
-                self._validate()
-                if p.stale >= self.stage.patience:
-                    self.context.say(
-                        f"{self.stage.name}: no better {self.stage.metric} for {p.stale} validations, stopping"
-                    )
-                    break
-            elif (
-                self.context.checkpoints.every_steps
-                and p.global_step % self.context.checkpoints.every_steps == 0
-            ):
-                self._save()
+            last = step.step + 1 == step.steps
+            p.epoch, p.step = (step.epoch + 1, 0) if last else (step.epoch, step.step + 1)
+            p.seconds += time.monotonic() - mark
+            self._milestone(last)
+            if p.stale >= stage.patience:
+                self.context.say(f"{stage.name}: no better {stage.metric} for {p.stale} validations, stopping")
+                break
+            self._speak(step)
             mark = time.monotonic()
-            if p.step and mark - spoken > SAY_EVERY_SECONDS:
-                spoken = mark
-                self.context.say(f"{self.stage.name}: epoch {step.epoch + 1}/{self.stage.epochs} step {step.step + 1}/{step.steps} "
-                                 f"loss {p.loss_sum / max(1.0, p.loss_count):.4f} data wait {p.waited / p.seconds:.1%}")  # fmt: skip
+
+    def _milestone(self, last: bool) -> None:
+        """Validate or save where it is due."""
+        done, every = self.progress.global_step, self.stage.validate_every
+        save_every = self.context.checkpoints.every_steps
+        if last or (every and done % every == 0):
+            self._validate()
+        elif save_every and done % save_every == 0:
+            self._save()
+
+    def _speak(self, step: Step) -> None:
+        p = self.progress
+        if p.step and time.monotonic() - self.spoken > SAY_EVERY_SECONDS:
+            self.spoken = time.monotonic()
+            self.context.say(
+                f"{self.stage.name}: epoch {step.epoch + 1}/{self.stage.epochs} step {step.step + 1}/{step.steps} "
+                f"loss {p.loss_sum / max(1.0, p.loss_count):.4f} data wait {p.waited / p.seconds:.1%}"
+            )
 
     def _forward(self, batch: Batch, step: int) -> Any:
         self.parallel.train() if hasattr(self, "parallel") else self.model.train()
@@ -189,35 +191,32 @@ class _Loop:
 
     def _validate(self) -> None:
         p, stage = self.progress, self.stage
-        loss = p.loss_sum / max(1.0, p.loss_count)
         self.model.eval()
         with torch.no_grad(), self.context.autocast():
             figures = stage.validate(self.context.source, self.context.device)
         value = figures.get(stage.metric)
         better = value is not None and (p.best is None or value > p.best)
         p.stale = 0 if better else p.stale + 1
-        point = {"stage": stage.name, "step": p.global_step, "epoch": p.epoch, "train_loss": loss,
-                 "lr": self.schedule.get_last_lr()[0], "data_wait": p.waited / max(p.seconds, 1e-9), "validation": figures}  # fmt: skip
-        p.curve.append(point)
+        known = {k: v for k, v in figures.items() if v is not None}
+        sums = {
+            "train_loss": p.loss_sum / max(1.0, p.loss_count),
+            "lr": self.schedule.get_last_lr()[0],
+            "data_wait": p.waited / max(p.seconds, 1e-9),
+        }
+        p.curve.append({"stage": stage.name, "step": p.global_step, "epoch": p.epoch, **sums, "validation": figures})
         p.loss_sum = p.loss_count = 0.0
         if better or not p.best_file:
             p.best, p.best_figures = value, figures
             self._keep_best()
         self._save()
-        shown = " ".join(f"{k} {v:.4f}" for k, v in figures.items() if isinstance(v, float))
+        shown = " ".join(f"{k} {known[k]:.4f}" for k in stage.shown if k in known)
         self.context.say(
-            f"{stage.name}: epoch {p.epoch} step {p.global_step} loss {loss:.4f} | validation {shown}{' *' if better else ''}"
+            f"{stage.name}: epoch {p.epoch} step {p.global_step} loss {sums['train_loss']:.4f} | "
+            f"validation {shown}{' *' if better else ''}"
         )
-        self.context.log(stage.name, {"train_loss": loss, "lr": point["lr"], "data_wait": point["data_wait"],
-                                      **{f"validation/{k}": v for k, v in figures.items() if isinstance(v, float)}}, p.global_step)  # fmt: skip
-        self.context.report(
-            {
-                "stage": stage.name,
-                "epoch": p.epoch,
-                "train_loss": loss,
-                **{k: v for k, v in figures.items() if v is not None},
-            }
-        )
+        scalars = sums | {f"validation/{k}": float(v) for k, v in known.items()}
+        self.context.log(stage.name, scalars, p.global_step)
+        self.context.report({"stage": stage.name, "epoch": p.epoch, "train_loss": sums["train_loss"], **known})
 
     def _keep_best(self) -> None:
         old, self.progress.best_file = (
@@ -239,12 +238,6 @@ class _Loop:
 
     def _tensors(self) -> dict[str, Tensor]:
         return dict(self.model.state_dict())
-
-
-def _steps_of(stage: Stage) -> Iterator[int]:
-    """One entry a step of the first epoch."""
-    plan = stage.stream.plan(0)
-    return iter(range(sum(len(g.batches) for g in plan)))
 
 
 def _stage_number(name: str) -> int:

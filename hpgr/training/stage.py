@@ -17,12 +17,17 @@ class Stage(Protocol):
     name: str
     metric: str
     """Validation figure that chooses the best checkpoint; larger is better."""
+    shown: tuple[str, ...]
+    """Validation figures of a progress line."""
     epochs: int
     patience: int
     validate_every: int
     optimiser: Optimiser
     stream: StreamSpec
-    model: nn.Module
+
+    @property
+    def model(self) -> nn.Module:
+        """The module that is trained; its forward returns `hpgr.model.hpgr.Output`."""
 
     def extras(self, step: int, device: torch.device) -> dict[str, Any]:
         """Further arguments of the model's forward at a step, alike on all workers."""

@@ -21,6 +21,7 @@ class MaskedItemStage:
     """Stage 1. Validated as a next-item model: NDCG@10 over the whole catalogue."""
 
     name, metric = "stage1", "ndcg@10"
+    shown = ("hr@10", "ndcg@10")
 
     def __init__(
         self, config: Config, sizes: Sizes, counts: Array, stream: StreamSpec, validation: StreamSpec
@@ -55,6 +56,7 @@ class ClickStage:
     """Stage 2. Validated by AUC."""
 
     name, metric = "stage2", "auc"
+    shown = ("auc", "gauc", "log_loss")
 
     def __init__(self, config: Config, sizes: Sizes, stream: StreamSpec, validation: StreamSpec) -> None:
         stage = config.stage2
