@@ -33,6 +33,11 @@ def resolve(path: str) -> tuple[pafs.FileSystem, str]:
         raise ArtifactError(f"cannot open {path}: {error}; use a local path, s3:// or gs://") from None
 
 
+def absolute(path: str) -> str:
+    """The path from anywhere: workers do not share the driver's working directory."""
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
 @dataclass(frozen=True)
 class Folder:
     """A folder and its filesystem. Paths given to methods are relative to it."""

@@ -16,8 +16,8 @@ from __future__ import annotations
 import math
 import platform
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 
 import hpgr
-from hpgr.artifacts import FORMAT, Folder, check_format, fingerprint
+from hpgr.artifacts import FORMAT, Folder, absolute, check_format, fingerprint
 from hpgr.config import Config, Data, dump
 from hpgr.data import split as splits
 from hpgr.data.ordering import order_rows
@@ -95,7 +95,7 @@ def prepare(config: Config, execute: Execute, say: Callable[[str], None]) -> Pre
     inputs = inputs_fingerprint(files)
     settings = {k: v for k, v in dump(config)["data"].items() if k not in ("prepared", "path", "synthetic")}
     name = fingerprint({"format": FORMAT, "inputs": inputs, "settings": settings})
-    folder = Folder(data.prepared).sub(name)
+    folder = Folder(absolute(data.prepared)).sub(name)
     if folder.exists("manifest.json"):
         say(f"prepare: inputs and settings unchanged, reusing {folder.uri}")
         return Prepared.open(folder)
@@ -119,15 +119,16 @@ def _paths(data: Data, say: Callable[[str], None]) -> list[str]:
         return [data.path] if isinstance(data.path, str) else list(data.path)
     log = generated_log(data)
     filesystem, path = log.path()
-    filesystem.create_dir(path, recursive=True)
-    write_log(data.synthetic, path, filesystem)
+    with _writing(path):
+        filesystem.create_dir(path, recursive=True)
+        write_log(data.synthetic, path, filesystem)
     say(f"prepare: no data.path, using the generated log in {log.uri}")
     return [log.sub("log").uri]
 
 
 def generated_log(data: Data) -> Folder:
     """Where the generated log of these settings is kept: `log` and `truth` inside."""
-    return Folder(data.prepared).sub(f"generated-{fingerprint(data.synthetic.model_dump())}")
+    return Folder(absolute(data.prepared)).sub(f"generated-{fingerprint(data.synthetic.model_dump())}")
 
 
 def _bucket_count(files: Sequence[SourceFile]) -> int:
@@ -268,9 +269,7 @@ def scan(fragment: Fragment, data: Data, folder: Folder, buckets: int) -> dict[s
                 bad.append(checked.quarantined)
             for bucket, part in _deal(checked.rows.cast(schema), buckets):
                 if bucket not in writers:
-                    writers[bucket] = stack.enter_context(
-                        _ipc_writer(folder, _raw(bucket, fragment), schema, stack)
-                    )
+                    writers[bucket] = stack.enter_context(_ipc_writer(folder, _raw(bucket, fragment), schema))
                 writers[bucket].write_table(part)
     if bad:
         table = pa.concat_tables(bad).append_column(
@@ -289,16 +288,22 @@ def _deal(rows: pa.Table, buckets: int) -> Iterable[tuple[int, pa.Table]]:
         yield int(b), rows.slice(bounds[b], bounds[b + 1] - bounds[b])
 
 
-def _ipc_writer(
-    folder: Folder, name: str, schema: pa.Schema, stack: ExitStack
-) -> ipc.RecordBatchStreamWriter:
-    filesystem, path = folder.path(name)
+@contextmanager
+def _writing(path: str) -> Iterator[None]:
     try:
-        filesystem.create_dir(path.rpartition("/")[0], recursive=True)
-        sink = stack.enter_context(filesystem.open_output_stream(path))
+        yield
     except OSError as error:
         raise ArtifactError(f"cannot write {path}: {error}; check space and permissions") from None
-    return ipc.new_stream(sink, schema, options=ipc.IpcWriteOptions(compression="lz4"))
+
+
+@contextmanager
+def _ipc_writer(folder: Folder, name: str, schema: pa.Schema) -> Iterator[ipc.RecordBatchStreamWriter]:
+    filesystem, path = folder.path(name)
+    options = ipc.IpcWriteOptions(compression="lz4")
+    with _writing(path):
+        filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+        with filesystem.open_output_stream(path) as sink, ipc.new_stream(sink, schema, options=options) as writer:
+            yield writer
 
 
 def _read_ipc(folder: Folder, name: str) -> pa.Table:
@@ -316,8 +321,8 @@ def sort(bucket: int, data: Data, folder: Folder, hours: bool) -> dict[str, Any]
     raw = f"staging/raw/{bucket:05d}"
     parts = [_read_ipc(folder, f"{raw}/{name}") for name in folder.entries(raw)]
     table, duplicates = order_rows(pa.concat_tables([empty_rows(data), *parts]).combine_chunks())
-    with ExitStack() as stack:
-        stack.enter_context(_ipc_writer(folder, _sorted(bucket), table.schema, stack)).write_table(table)
+    with _ipc_writer(folder, _sorted(bucket), table.schema) as writer:
+        writer.write_table(table)
     histogram = splits.histogram(splits.targets_of(table).time, splits.HOUR) if hours else {}
     return {"rows": table.num_rows, "duplicates": duplicates, "hours": histogram}
 

@@ -256,13 +256,24 @@ def _parse_lines(text: bytes, columns: list[str]) -> list[pa.Table]:
     if not text.strip():
         return []
     try:
-        options = pajson.ReadOptions(use_threads=False, block_size=len(text) + 1)
-        table = pajson.read_json(pa.BufferReader(text), read_options=options)
+        text.decode()  # Arrow takes bytes that are no UTF-8 for text
+        table = _parse_block(text)
+        dates = [f.name for f in table.schema if f.name in columns and pa.types.is_timestamp(f.type)]
+        if dates:  # Arrow turned text into dates: an id that looks like one is still text
+            table = _parse_block(text, pa.schema([(name, pa.string()) for name in dates]))
         present = [c for c in columns if c in table.column_names]
         table = table.select(present) if present else pa.table({columns[0]: pa.nulls(table.num_rows)})
         return [_with_missing(table, columns)]
-    except pa.ArrowException:
+    except (pa.ArrowException, UnicodeDecodeError):
         return _parse_one_by_one(text, columns)
+
+
+def _parse_block(text: bytes, known: pa.Schema | None = None) -> pa.Table:
+    return pajson.read_json(
+        pa.BufferReader(text),
+        read_options=pajson.ReadOptions(use_threads=False, block_size=len(text) + 1),
+        parse_options=pajson.ParseOptions(explicit_schema=known),
+    )
 
 
 def _parse_one_by_one(text: bytes, columns: list[str]) -> list[pa.Table]:
@@ -283,6 +294,8 @@ def _parse_one_by_one(text: bytes, columns: list[str]) -> list[pa.Table]:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        value = int(value)  # as Arrow writes a column of whole numbers
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 

@@ -172,16 +172,27 @@ def _microseconds(column: pa.ChunkedArray, data: Data) -> tuple[npt.NDArray[np.i
             f"column {data.columns.time!r} (time) is {kind}; expected a timestamp, a number or text"
         )
     numbers = to_number(column).to_numpy(zero_copy_only=False).astype(float)
-    micros = numbers * _UNIT_US[data.time_unit]
-    if not pa.types.is_floating(kind):
-        dates = pd.Series(
-            np.where(np.isnan(numbers), column.to_numpy(zero_copy_only=False), None), dtype=object
-        )
-        parsed = pd.to_datetime(dates, errors="coerce", utc=True, format="ISO8601")
-        known = parsed.notna().to_numpy()
-        micros[known] = parsed[known].dt.as_unit("us").astype(np.int64).to_numpy()
-    readable = np.isfinite(micros) & (np.abs(micros) < 2**62)
-    return np.where(readable, np.round(micros), 0).astype(np.int64), readable
+    readable = np.isfinite(numbers)
+    limit = 2.0**62 / _UNIT_US[data.time_unit]
+    micros = np.round(np.clip(np.where(readable, numbers, 0), -limit, limit) * _UNIT_US[data.time_unit])
+    out = micros.astype(np.int64)
+    if not (pa.types.is_floating(kind) or pa.types.is_null(kind)):
+        _read_text_times(column, numbers, data.time_unit, out, readable)
+    return out, readable
+
+
+def _read_text_times(
+    column: pa.ChunkedArray, numbers: npt.NDArray[np.float64], unit: str, out: npt.NDArray[np.int64], readable: Mask
+) -> None:
+    """Times from text, into `out`: whole numbers exactly, as from an integer column, and ISO 8601 dates."""
+    whole = np.asarray(pc.fill_null(pc.match_substring_regex(column, r"^[+-]?\d{1,18}$"), False), bool)
+    digits = column.filter(pa.array(whole)).to_numpy(zero_copy_only=False)
+    out[whole] = _scaled(digits.astype(np.int64), unit)
+    dates = pd.Series(np.where(np.isnan(numbers), column.to_numpy(zero_copy_only=False), None), dtype=object)
+    parsed = pd.to_datetime(dates, errors="coerce", utc=True, format="ISO8601")
+    known = parsed.notna().to_numpy()
+    out[known] = parsed[known].dt.as_unit("us").astype(np.int64).to_numpy()
+    readable |= known
 
 
 def _scaled(values: npt.NDArray[np.int64], unit: str) -> npt.NDArray[np.int64]:
@@ -198,16 +209,23 @@ def _labels(raw: pa.Table, data: Data, reasons: npt.NDArray[np.object_]) -> pa.A
         return pa.nulls(raw.num_rows, pa.int8())
     column = _plain(raw.column(name))
     if data.label_rule is not None:
-        numeric = not isinstance(data.label_rule.value, str)
-        if numeric:
-            unreadable = ~_nulls(column) & _nulls(to_number(column))
+        if not isinstance(data.label_rule.value, str):
+            unreadable = ~_nulls(column) & np.isnan(_numbers(column, name))
             _mark(reasons, unreadable, "label is not a number")
         rule = Rule(column=name, op=data.label_rule.op, value=data.label_rule.value)
         return pa.array(holds(column, rule).astype(np.int8), mask=_nulls(column))
-    numbers = to_number(column).to_numpy(zero_copy_only=False).astype(float)
+    numbers = _numbers(column, name)
     empty = _nulls(column)
     _mark(reasons, ~empty & ~np.isin(numbers, (0.0, 1.0)), "label is not 0 or 1")
     return pa.array((numbers == 1.0).astype(np.int8), mask=empty)
+
+
+def _numbers(column: pa.ChunkedArray, name: str) -> npt.NDArray[np.float64]:
+    """Numbers of a column, NaN for null and for what is none: [rows]."""
+    kind = column.type
+    if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_temporal(kind):
+        raise DataError(f"column {name!r} is {kind}; expected numbers, or text of numbers")
+    return np.asarray(to_number(column).to_numpy(zero_copy_only=False), float)
 
 
 def _text_or_null(raw: pa.Table, name: str | None) -> pa.Array:
@@ -230,7 +248,7 @@ def _request(raw: pa.Table, names: Sequence[str] | None) -> U64:
 def _order(raw: pa.Table, name: str | None, reasons: npt.NDArray[np.object_]) -> npt.NDArray[np.float64]:
     if name is None:
         return np.zeros(raw.num_rows)
-    numbers = to_number(_plain(raw.column(name))).to_numpy(zero_copy_only=False).astype(float)
+    numbers = _numbers(_plain(raw.column(name)), name)
     _mark(reasons, ~np.isfinite(numbers), "order is not a finite number")
     return np.nan_to_num(numbers)
 
@@ -239,7 +257,7 @@ def _feature(raw: pa.Table, feature: Feature, reasons: npt.NDArray[np.object_]) 
     if feature.kind == "categorical":
         return _text_or_null(raw, feature.column)
     column = _plain(raw.column(feature.column))
-    numbers = to_number(column).to_numpy(zero_copy_only=False).astype(float)
+    numbers = _numbers(column, feature.column)
     _mark(
         reasons,
         np.isinf(numbers) | (np.isnan(numbers) & ~_nulls(column)),

@@ -1,1 +1,23 @@
-"""The only room that knows Ray: sessions, parallel passes, streams, workers."""
+"""The only room that knows Ray: sessions, parallel passes, streams, workers.
+
+What Ray reads from the environment when it is imported is set here, before any module of this package imports it.
+"""
+
+import atexit
+import os
+import secrets
+import shutil
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
+
+if "RAY_ADDRESS" not in os.environ and "RAY_AUTH_MODE" not in os.environ:
+    # A local Ray gets a token of its own, read when Ray is imported. Left to itself Ray keeps one in the home folder,
+    # and a later `ray start --head` would ask every `ray job submit` for it.
+    _token = Path(tempfile.mkdtemp(prefix="hpgr-ray-")) / "token"
+    _token.write_text(secrets.token_hex(32))
+    atexit.register(shutil.rmtree, _token.parent, ignore_errors=True)
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(_token)}

@@ -17,7 +17,7 @@ import ray
 import torch
 
 import hpgr
-from hpgr.artifacts import FORMAT, Folder, check_format
+from hpgr.artifacts import FORMAT, Folder, absolute, check_format
 from hpgr.config import Config, dump, to_yaml, validate
 from hpgr.data.preparation import Execute, Prepared, generated_log, prepare
 from hpgr.data.sessions import EDGES, session_statistics
@@ -52,7 +52,7 @@ def open_run(request: Request) -> tuple[Config, Folder]:
         ArtifactError: the folder holds a run and `resume` was not asked, or the reverse, or another version's run.
         ConfigError: a resumed run would change its settings.
     """
-    folder = Folder(request.run)
+    folder = Folder(absolute(request.run))
     if not folder.exists("run.json"):
         if request.resume:
             raise ArtifactError(

@@ -1,0 +1,546 @@
+"""Bad logs and stores: each ends in a message that helps or in a full account of every row."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from hpgr.data.preparation import Prepared, in_process, prepare
+from hpgr.errors import ArtifactError, DataError, HpgrError
+
+T = 1_600_000_000
+Columns = dict[str, list[Any]]
+Make = Callable[..., Any]
+
+
+def quarantined(prepared: Prepared) -> list[tuple[int, str]]:
+    """(row, reason) of every quarantined row, in file order."""
+    tables = [prepared.folder.read_parquet(f"quarantine/{n}") for n in prepared.folder.entries("quarantine")]
+    rows = [row for table in tables for row in table.to_pylist()]
+    assert all(row["file"] and row["values"] for row in rows)
+    return sorted((row["row"], row["reason"]) for row in rows)
+
+
+def check_account(prepared: Prepared, rows_in: int, bad: list[tuple[int, str]], duplicates: int = 0) -> None:
+    """Every input row is kept, quarantined or a duplicate, and the quarantine holds the rows and reasons."""
+    account = prepared.manifest["account"]
+    assert (account["rows_in"], account["quarantined"], account["duplicates"]) == (rows_in, len(bad), duplicates)
+    assert account["rows_in"] == account["kept"] + account["quarantined"] + account["duplicates"]
+    assert quarantined(prepared) == sorted(bad)
+    reasons = [reason for _, reason in bad]
+    assert account["reasons"] == {reason: reasons.count(reason) for reason in sorted(set(reasons))}
+    events = sum(len(row) for b in range(prepared.buckets) for row in prepared.timelines(b).column("h_item").to_pylist())
+    assert events == account["history_events"] == account["kept"]
+
+
+@pytest.fixture
+def refused(config: Make) -> Callable[..., str]:
+    """`refused(path, kind, **data)`: the message with which preparing that path fails."""
+
+    def run(path: str | None, kind: type[HpgrError] = DataError, **data: Any) -> str:
+        with pytest.raises(HpgrError) as caught:
+            prepare(config(data={"path": path, **data}), in_process, print)
+        assert type(caught.value) is kind
+        return str(caught.value)
+
+    return run
+
+
+@pytest.fixture
+def unprivileged() -> Iterator[Path]:
+    """A folder whose files another user could read, were their mode to allow it; run as such a user if root."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o777)
+        root = os.geteuid() == 0
+        nobody = 65534
+        try:
+            if root:
+                os.seteuid(nobody)
+            yield folder
+        finally:
+            if root:
+                os.seteuid(0)
+
+
+# Files that are not there or cannot be read.
+
+
+@pytest.mark.parametrize("pattern", ["nothing.parquet", "nothing/", "*.csv", "nothing/**/*.jsonl"])
+def test_missing_path_says_what_to_give(refused: Make, tmp_path: Path, pattern: str) -> None:
+    message = refused(str(tmp_path / pattern))
+    assert pattern.rstrip("/") in message
+    assert "no log file found there; give a file, a folder or a glob" in message
+
+
+def test_path_below_a_file_is_missing(refused: Make, write_log: Make, log: Make) -> None:
+    path = write_log(log()) + "/more"
+    assert path in refused(path)
+
+
+def test_unreadable_file_is_named(refused: Make, unprivileged: Path, log: Make) -> None:
+    path = unprivileged / "log.parquet"
+    pq.write_table(pa.table(log()), path)
+    path.chmod(0)
+    message = refused(str(path))
+    assert str(path) in message
+    assert "cannot be read" in message
+
+
+def test_unreadable_folder_is_named(refused: Make, unprivileged: Path) -> None:
+    (unprivileged / "logs").mkdir()
+    (unprivileged / "logs").chmod(0)
+    assert f"{unprivileged / 'logs'}: cannot be listed" in refused(str(unprivileged / "logs"))
+    (unprivileged / "logs").chmod(0o700)
+
+
+def test_empty_folder_says_what_to_give(refused: Make, tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "_SUCCESS").touch()
+    (tmp_path / "logs" / "notes.txt").write_text("not a log")
+    assert "no log file found there; give a file, a folder or a glob of .csv" in refused(str(tmp_path / "logs"))
+
+
+def test_unknown_scheme_says_which_there_are(refused: Make) -> None:
+    assert "use a local path, s3:// or gs://" in refused("nonsense://bucket/log.parquet", ArtifactError)
+
+
+def test_ending_that_tells_no_format_asks_for_one(refused: Make, write_log: Make) -> None:
+    assert "set data.format to parquet, csv or jsonl" in refused(write_log(b"x", "dat"))
+
+
+@pytest.mark.parametrize(
+    ("format", "content", "wording"),
+    [
+        ("parquet", None, "the log is empty: no row"),
+        ("csv", b"user_id,item_id,timestamp,clicked\n", "the log is empty: no row"),
+        ("jsonl", b"\n \n", "the log is empty: no row"),
+        ("parquet", b"", "not a whole Parquet file"),
+        ("csv", b"", "a log needs a header line with column names"),
+        ("jsonl", b"", "the log is empty: no row"),
+    ],
+)
+def test_empty_log_is_refused(
+    refused: Make, write_log: Make, log: Make, format: str, content: bytes | None, wording: str
+) -> None:
+    rows = pa.table(log()).slice(0, 0) if content is None else content
+    assert wording in refused(write_log(rows, format))
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.99])
+def test_parquet_cut_short_is_refused(refused: Make, write_log: Make, log: Make, tmp_path: Path, keep: float) -> None:
+    whole = Path(write_log(log())).read_bytes()
+    message = refused(write_log(whole[: int(len(whole) * keep)], name="cut"))
+    assert "cut.parquet: not a whole Parquet file" in message
+    assert "it may be cut short or of another format" in message
+
+
+def test_parquet_with_broken_pages_is_refused(refused: Make, write_log: Make, log: Make) -> None:
+    path = Path(write_log(log(users=50, events=50)))
+    whole = bytearray(path.read_bytes())
+    whole[4:800] = bytes(796)
+    path.write_bytes(whole)
+    assert "log.parquet: cannot be read near row 0" in refused(str(path))
+
+
+def test_gzip_cut_short_is_refused(refused: Make, write_log: Make, log: Make) -> None:
+    lines = "\n".join(json.dumps(row) for row in pa.table(log(users=50)).to_pylist()).encode()
+    assert "cannot be read" in refused(write_log(gzip.compress(lines)[:-40], "jsonl.gz"))
+
+
+# Columns that are missing or of the wrong type.
+
+
+@pytest.mark.parametrize("format", ["parquet", "csv"])
+def test_missing_column_lists_those_there_are(refused: Make, write_log: Make, log: Make, format: str) -> None:
+    rows = {("uid" if k == "user_id" else k): v for k, v in log().items()}
+    message = refused(write_log(rows, format))
+    assert "no column 'user_id'; it has uid, item_id, timestamp, clicked; set data.columns" in message
+
+
+def test_column_missing_from_one_of_several_files_names_the_file(
+    refused: Make, write_log: Make, log: Make, tmp_path: Path
+) -> None:
+    write_log(log(), name="logs/a")
+    write_log({k: v for k, v in log().items() if k != "clicked"}, name="logs/b")
+    message = refused(str(tmp_path / "logs"))
+    assert "b.parquet: no column 'clicked'" in message
+
+
+def test_key_missing_from_every_json_line_says_so(refused: Make, write_log: Make, log: Make) -> None:
+    rows = {("uid" if k == "user_id" else k): v for k, v in log().items()}
+    message = refused(write_log(rows, "jsonl"))
+    assert "50 of 50 rows cannot be used (50 null user id)" in message
+    assert "Check data.columns" in message
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "wording"),
+    [
+        ("user_id", [["u"]], "(user ids) is list<element: string>; expected integers or text"),
+        ("item_id", [{"id": 1}], "(item ids) is struct"),
+        ("item_id", [True], "(item ids) is bool; expected integers or text"),
+        ("timestamp", [[1]], "(time) is list<element: int64>; expected a timestamp, a number or text"),
+        ("timestamp", [True], "(time) is bool"),
+        ("clicked", [[1]], "'clicked'"),
+        ("action", [[1]], "'action' is list<element: int64>; expected text or numbers"),
+        ("price", [[1.0]], "'price'"),
+    ],
+)
+def test_column_of_a_wrong_type_is_named(
+    refused: Make, write_log: Make, log: Make, column: str, values: list[Any], wording: str
+) -> None:
+    rows = log() | {"action": ["a"] * 50, "price": [1.0] * 50} | {column: values * 50}
+    message = refused(
+        write_log(rows),
+        columns={"label": "clicked", "action": "action"},
+        features=[{"name": "price", "column": "price", "role": "event", "kind": "numeric"}],
+    )
+    assert f"column {column!r}" in message
+    assert wording in message
+
+
+def test_rule_that_cannot_be_compared_names_its_column(refused: Make, write_log: Make, log: Make) -> None:
+    message = refused(write_log(log()), history=[[{"column": "timestamp", "value": "yesterday"}]])
+    assert "rule on column 'timestamp': int64 cannot be compared with 'yesterday'" in message
+
+
+# Logs nothing can be learnt from.
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_one_class_is_refused(refused: Make, write_log: Make, log: Make, label: int) -> None:
+    message = refused(write_log(log() | {"clicked": [label] * 50}))
+    assert f"all 40 training impressions have label {label}; a click model needs both classes" in message
+
+
+def test_no_label_at_all_is_refused(refused: Make, write_log: Make, log: Make) -> None:
+    rows = log() | {"clicked": pa.nulls(50, pa.int64())}
+    assert "no impressions: no row matches data.impressions and has a label" in refused(write_log(rows))
+
+
+@pytest.mark.parametrize(
+    ("split", "empty"),
+    [
+        ({"by": "user_fraction", "validation": 0, "test": 0.1}, "no validation impressions"),
+        ({"by": "user_fraction", "validation": 0.1, "test": 0}, "no test impressions"),
+        ({"by": "date", "validation_from": "2031-01-01", "test_from": "2032-01-01"}, "no validation and no test"),
+        ({"by": "date", "validation_from": "2001-01-01", "test_from": "2002-01-01"}, "no train and no validation"),
+    ],
+)
+def test_split_without_a_part_is_refused(
+    refused: Make, write_log: Make, log: Make, split: dict[str, Any], empty: str
+) -> None:
+    message = refused(write_log(log()), split=split)
+    assert empty in message
+    assert "change data.split, or give a log that is longer in time" in message
+
+
+def test_vocabulary_without_items_is_refused(refused: Make, write_log: Make, log: Make) -> None:
+    message = refused(write_log(log()), vocabulary={"min_count": 1000})
+    assert "lower data.vocabulary.min_count" in message
+
+
+def test_too_many_quarantined_stops_and_keeps_the_rows(
+    refused: Make, write_log: Make, log: Make, tmp_path: Path
+) -> None:
+    rows = log()
+    rows["timestamp"][:6] = [-1] * 6
+    message = refused(write_log(rows), max_quarantined=0.1)
+    assert "6 of 50 rows cannot be used (6 time outside data.earliest and data.latest)" in message
+    assert "data.max_quarantined allows 10%" in message
+    assert len(list((tmp_path / "prepared").glob("*/quarantine/*.parquet"))) == 1
+
+
+def test_wrong_time_unit_points_at_the_setting(refused: Make, write_log: Make, log: Make) -> None:
+    assert "data.time_unit" in refused(write_log(log()), time_unit="ns")
+
+
+# Small and large logs that are fine.
+
+
+def test_one_user_is_enough(prepare_log: Make, log: Make) -> None:
+    prepared = prepare_log(log(users=1, events=40))
+    check_account(prepared, 40, [])
+    assert prepared.manifest["account"]["users"] == 1
+
+
+@pytest.mark.parametrize("by", ["time_fraction", "user_fraction", "leave_one_out"])
+def test_user_with_one_event_is_kept(prepare_log: Make, log: Make, by: str) -> None:
+    rows = log()
+    for name, value in {"user_id": "lone", "item_id": "i0", "timestamp": T + 5, "clicked": 1}.items():
+        rows[name].append(value)
+    prepared = prepare_log(rows, split={"by": by})
+    check_account(prepared, 51, [])
+    lone = {row["user"]: row for row in prepared.timelines(0).to_pylist()}["lone"]
+    assert (lone["h_time"], lone["t_visible"], lone["t_label"]) == ([(T + 5) * 1_000_000], [0], [1])
+
+
+def test_user_with_100_000_events_is_fast(prepare_log: Make) -> None:
+    n = 100_000
+    rows = {"user_id": pa.array(["u"] * n), "item_id": pa.array(range(n)), "timestamp": pa.array(range(T, T + n)),
+            "clicked": pa.array([i % 2 for i in range(n)])}  # fmt: skip
+    started = time.monotonic()
+    prepared = prepare_log(rows)
+    assert time.monotonic() - started < 10
+    account = prepared.manifest["account"]
+    assert (account["rows_in"], account["kept"], account["timelines"]) == (n, n, 1)
+
+
+# Rows that are quarantined, each with its reason.
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "reason"),
+    [
+        ("timestamp", -5, "time outside data.earliest and data.latest"),
+        ("timestamp", 0, "time outside data.earliest and data.latest"),
+        ("timestamp", 99_999_999_999, "time outside data.earliest and data.latest"),
+        ("timestamp", 2**60, "time outside data.earliest and data.latest"),
+        ("timestamp", 2**63 - 1, "time outside data.earliest and data.latest"),
+        ("timestamp", None, "null time"),
+        ("user_id", None, "null user id"),
+        ("user_id", "", "null user id"),
+        ("item_id", None, "null item id"),
+        ("clicked", 2, "label is not 0 or 1"),
+        ("clicked", -1, "label is not 0 or 1"),
+        ("position", None, "order is not a finite number"),
+    ],
+)
+@pytest.mark.parametrize("format", ["parquet", "csv", "jsonl"])
+def test_bad_value_is_quarantined_with_its_reason(
+    prepare_log: Make, log: Make, format: str, column: str, value: Any, reason: str
+) -> None:
+    rows = log() | {"position": list(range(50))}
+    rows[column][7] = value
+    columns = {"label": "clicked", "order": "position"}
+    check_account(prepare_log(rows, format, columns=columns), 50, [(7, reason)])
+
+
+@pytest.mark.parametrize("format", ["parquet", "csv", "jsonl"])
+def test_unreadable_time_text_is_quarantined(prepare_log: Make, log: Make, format: str) -> None:
+    rows = log()
+    rows["timestamp"] = [str(t) for t in rows["timestamp"]]
+    bad = {3: "yesterday", 5: "nan", 8: "inf", 9: "2020-13-01"}
+    for row, text in bad.items():
+        rows["timestamp"][row] = text
+    check_account(prepare_log(rows, format), 50, [(row, "unreadable time") for row in bad])
+
+
+def test_infinite_and_nan_float_times_are_quarantined(prepare_log: Make, log: Make) -> None:
+    rows = log()
+    rows["timestamp"][2:4] = [float("inf"), float("nan")]
+    prepared = prepare_log({**rows, "timestamp": [float(t) for t in rows["timestamp"]]})
+    check_account(prepared, 50, [(2, "unreadable time"), (3, "null time")])
+
+
+def test_float_ids_with_nan_keep_whole_numbers(prepare_log: Make, log: Make) -> None:
+    rows = log()
+    rows["user_id"] = [float(u[1:]) for u in rows["user_id"]]
+    rows["user_id"][4:7] = [float("nan"), float("inf"), 1.5]
+    prepared = prepare_log(rows)
+    fraction = "user id is not a whole number"
+    check_account(prepared, 50, [(4, "null user id"), (5, fraction), (6, fraction)])
+    assert sorted(prepared.timelines(0).column("user").to_pylist()) == ["0", "1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize("format", ["parquet", "csv"])
+def test_infinite_numeric_feature_is_quarantined_and_a_missing_one_is_not(
+    prepare_log: Make, log: Make, format: str
+) -> None:
+    rows = log() | {"price": [1.0 + i for i in range(50)]}
+    rows["price"][6:10] = [float("inf"), -float("inf"), None, -1.0]
+    feature = {"name": "price", "column": "price", "role": "event", "kind": "numeric", "transform": "log1p"}
+    infinite, small = "feature price is not a finite number", "feature price is too small for log1p"
+    check_account(prepare_log(rows, format, features=[feature]), 50, [(6, infinite), (7, infinite), (9, small)])
+
+
+def test_text_in_a_numeric_feature_is_quarantined(prepare_log: Make, log: Make) -> None:
+    rows = log() | {"price": ["1.5"] * 49 + ["cheap"]}
+    feature = {"name": "price", "column": "price", "role": "event", "kind": "numeric"}
+    check_account(prepare_log(rows, features=[feature]), 50, [(49, "feature price is not a finite number")])
+
+
+def test_label_rule_over_text_quarantines_what_is_no_number(prepare_log: Make, log: Make) -> None:
+    rows = log() | {"clicked": [str(i % 5 + 1) for i in range(49)] + ["good"]}
+    prepared = prepare_log(rows, label_rule={"op": ">=", "value": 4})
+    check_account(prepared, 50, [(49, "label is not a number")])
+    positives = sum(part["positives"] for part in prepared.manifest["account"]["splits"].values())
+    assert positives == sum(i % 5 + 1 >= 4 for i in range(49))
+
+
+def test_rule_over_missing_label_quarantines_nothing(prepare_log: Make, log: Make) -> None:
+    rows = log() | {"clicked": [None if i % 10 == 0 else i % 2 for i in range(50)]}
+    prepared = prepare_log(rows)
+    check_account(prepared, 50, [])
+    assert sum(p["impressions"] for p in prepared.manifest["account"]["splits"].values()) == 45
+
+
+# Lines no parser can read.
+
+
+def test_broken_json_lines_are_quarantined(prepare_log: Make, log: Make) -> None:
+    lines = [json.dumps(row) for row in pa.table(log()).to_pylist()]
+    lines[4:4] = ['{"user_id": "u1", "item', "[1, 2]", "7"]
+    prepared = prepare_log("\n".join(lines).encode(), "jsonl")
+    account = prepared.manifest["account"]
+    assert account["reasons"] == {"unreadable line": 3}
+    assert (account["rows_in"], account["kept"]) == (53, 50)
+    table = prepared.folder.read_parquet(f"quarantine/{prepared.folder.entries('quarantine')[0]}")
+    assert any('"item' in text for text in table.column("values").to_pylist())
+
+
+def test_csv_lines_with_a_wrong_number_of_fields_are_quarantined(prepare_log: Make, log: Make) -> None:
+    columns = log()
+    lines = [",".join(columns), *(",".join(map(str, row)) for row in zip(*columns.values(), strict=True))]
+    lines[4:4] = ["u1,i1", f"u1,i1,{T},1,more"]
+    prepared = prepare_log("\n".join(lines).encode(), "csv")
+    account = prepared.manifest["account"]
+    assert account["reasons"] == {"unreadable line": 2}
+    assert (account["rows_in"], account["kept"]) == (52, 50)
+    table = prepared.folder.read_parquet(f"quarantine/{prepared.folder.entries('quarantine')[0]}")
+    assert any("u1,i1" in text for text in table.column("values").to_pylist())
+
+
+def test_text_that_is_not_utf8_is_refused_or_quarantined(
+    prepare_log: Make, refused: Make, write_log: Make, log: Make
+) -> None:
+    lines = [json.dumps(row).encode() for row in pa.table(log()).to_pylist()]
+    lines[3] = lines[3].replace(b'"u3"', b'"\xff\xfe"')
+    prepared = prepare_log(b"\n".join(lines), "jsonl")
+    assert prepared.manifest["account"]["reasons"] == {"unreadable line": 1}
+    csv = b"user_id,item_id,timestamp,clicked\n\xff\xfe,i,1600000000,1\n"
+    assert "invalid UTF8" in refused(write_log(csv, "csv", "latin"))
+
+
+# Odd but valid rows.
+
+
+def test_ids_of_mixed_type_in_json_are_the_same_text(prepare_log: Make, log: Make) -> None:
+    columns = log()
+    columns["user_id"] = [int(u[1:]) for u in columns["user_id"]]
+    rows = pa.table(columns).to_pylist()
+    for i, row in enumerate(rows):
+        row["user_id"] = [row["user_id"], str(row["user_id"]), float(row["user_id"])][i // 5 % 3]
+    prepared = prepare_log(rows, "jsonl")
+    check_account(prepared, 50, [])
+    assert sorted(prepared.timelines(0).column("user").to_pylist()) == ["0", "1", "2", "3", "4"]
+
+
+def test_ids_that_look_like_dates_stay_text_in_json(prepare_log: Make, log: Make) -> None:
+    columns = log()
+    columns["user_id"] = [f"2020-01-0{int(u[1:]) + 1}" for u in columns["user_id"]]
+    prepared = prepare_log(columns, "jsonl")
+    check_account(prepared, 50, [])
+    assert sorted(prepared.timelines(0).column("user").to_pylist()) == [f"2020-01-0{i}" for i in range(1, 6)]
+
+
+def test_unsorted_rows_come_out_in_time_order(prepare_log: Make, log: Make) -> None:
+    prepared = prepare_log({k: v[::-1] for k, v in log().items()})
+    check_account(prepared, 50, [])
+    for times in prepared.timelines(0).column("h_time").to_pylist():
+        assert times == sorted(times)
+        assert len(times) == 10
+
+
+def test_duplicated_rows_are_dropped_and_counted(prepare_log: Make, log: Make) -> None:
+    rows = {k: v + v[:7] + v[:2] for k, v in log().items()}
+    check_account(prepare_log(rows), 59, [], duplicates=9)
+
+
+def test_bad_rows_and_duplicates_together_add_up(prepare_log: Make, log: Make) -> None:
+    rows = log()
+    rows["timestamp"][3] = -1
+    rows["user_id"][8] = None
+    rows = {k: v + v[:5] for k, v in rows.items()}
+    outside = "time outside data.earliest and data.latest"
+    check_account(prepare_log(rows), 55, [(3, outside), (8, "null user id"), (53, outside)], duplicates=4)
+
+
+@pytest.mark.parametrize("format", ["parquet", "csv", "jsonl"])
+@pytest.mark.parametrize("id", ["użytkownik-北京-🎈", "x" * 10_000, ' "quoted, with\tcommas" ', "nan", "1e5", "007"])
+def test_ids_of_any_text_survive(prepare_log: Make, log: Make, format: str, id: str) -> None:
+    rows = log()
+    rows["user_id"] = [id if u == "u1" else u for u in rows["user_id"]]
+    rows["item_id"] = [id if i == "i1" else i for i in rows["item_id"]]
+    prepared = prepare_log(rows, format)
+    check_account(prepared, 50, [])
+    assert sorted(prepared.timelines(0).column("user").to_pylist()) == sorted(["u0", id, "u2", "u3", "u4"])
+    assert id in prepared.vocabulary().items.column("value").to_pylist()
+
+
+# Stores.
+
+
+def test_store_that_refuses_writes_says_so(refused: Make, write_log: Make, log: Make, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    message = refused(write_log(log()), ArtifactError, prepared=str(tmp_path / "file" / "prepared"))
+    assert f"cannot write {tmp_path / 'file' / 'prepared'}" in message
+    assert "check space and permissions" in message
+
+
+def test_store_that_refuses_the_generated_log_says_so(refused: Make, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    message = refused(None, ArtifactError, prepared=str(tmp_path / "file" / "prepared"))
+    assert "check space and permissions" in message
+
+
+def test_store_that_fills_up_says_so(refused: Make, write_log: Make, log: Make) -> None:
+    path = write_log(log(users=100, events=100))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        message = refused(path, ArtifactError)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "cannot write" in message
+    assert "check space and permissions" in message
+
+
+def test_store_without_permission_says_so(refused: Make, unprivileged: Path, log: Make) -> None:
+    pq.write_table(pa.table(log()), unprivileged / "log.parquet")
+    (unprivileged / "locked").mkdir()
+    (unprivileged / "locked").chmod(0o500)
+    path = str(unprivileged / "log.parquet")
+    message = refused(path, ArtifactError, prepared=str(unprivileged / "locked" / "prepared"))
+    assert "check space and permissions" in message
+
+
+def test_prepared_log_of_another_version_is_refused(prepare_log: Make, refused: Make, log: Make, tmp_path: Path) -> None:
+    prepared = prepare_log(log())
+    prepared.folder.write_json("manifest.json", prepared.manifest | {"format": 99})
+    message = refused(str(tmp_path / "log.parquet"), ArtifactError)
+    assert "has format 99, this version reads 1; use another folder" in message
+
+
+@pytest.mark.parametrize("content", [b"", b'{"format": 1, ', b"\x00\x01"])
+def test_manifest_cut_short_is_refused(
+    prepare_log: Make, refused: Make, log: Make, tmp_path: Path, content: bytes
+) -> None:
+    prepared = prepare_log(log())
+    prepared.folder.write("manifest.json", content)
+    assert "manifest.json is not JSON" in refused(str(tmp_path / "log.parquet"), ArtifactError)
+
+
+def test_preparation_that_stopped_half_way_starts_again(
+    prepare_log: Make, log: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepared = prepare_log(log())
+    before = prepared.timelines(0)
+    Path(prepared.folder.uri, "manifest.json").unlink()
+    prepared.folder.write("staging/raw/00000/000009-000000.arrow", b"left by a task that died")
+    again = prepare_log(log())
+    assert "reusing" not in capsys.readouterr().out
+    assert again.timelines(0).equals(before)
+    assert not again.folder.exists("staging")
