@@ -28,7 +28,7 @@ def resolve(path: str) -> tuple[pafs.FileSystem, str]:
     if "://" not in path:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path))
     try:
-        return pafs.FileSystem.from_uri(path)  # type: ignore[no-any-return]
+        return pafs.FileSystem.from_uri(path)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ArtifactError(f"cannot open {path}: {error}; use a local path, s3:// or gs://") from None
 
@@ -134,6 +134,4 @@ def check_format(found: Any, where: str) -> None:
     """
     version = found.get("format") if isinstance(found, dict) else None
     if version != FORMAT:
-        raise ArtifactError(
-            f"{where} has format {version!r}, this version reads {FORMAT}; use another folder"
-        )
+        raise ArtifactError(f"{where} has format {version!r}, this version reads {FORMAT}; use another folder")

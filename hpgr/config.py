@@ -97,9 +97,7 @@ class Split(Section):
         elif dates != (None, None):
             raise ValueError(f"validation_from and test_from belong to split by date, got by={self.by}")
         if self.by.endswith("fraction") and self.validation + self.test >= 1:
-            raise ValueError(
-                f"validation + test is {self.validation + self.test:g}, must leave room for training"
-            )
+            raise ValueError(f"validation + test is {self.validation + self.test:g}, must leave room for training")
         return self
 
 
@@ -351,9 +349,7 @@ def validate(raw: dict[str, Any], faults: Sequence[str] = ()) -> Config:
     except ValidationError as error:
         faults = [*faults, *(_describe(e) for e in error.errors())]
     if faults:
-        raise ConfigError(
-            f"{len(faults)} fault(s) in the configuration:\n" + "\n".join(f"  - {f}" for f in faults)
-        )
+        raise ConfigError(f"{len(faults)} fault(s) in the configuration:\n" + "\n".join(f"  - {f}" for f in faults))
     return config
 
 
@@ -395,11 +391,7 @@ def _describe(error: Any) -> str:
     if kind == "extra_forbidden":
         allowed = sorted(_section(location[:-1]).model_fields)
         near = difflib.get_close_matches(location[-1], allowed, n=1, cutoff=0.6)
-        hint = (
-            f"did you mean {'.'.join([*location[:-1], near[0]])}?"
-            if near
-            else f"allowed: {', '.join(allowed)}"
-        )
+        hint = f"did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f"allowed: {', '.join(allowed)}"
         return f"{path}: unknown key; {hint}"
     message = error["msg"].removeprefix("Value error, ")
     if kind == "value_error":
@@ -427,7 +419,7 @@ def _inner_section(annotation: Any) -> type[Section] | None:
 
 def dump(config: Config) -> dict[str, Any]:
     """Plain data of the resolved tree; `validate(dump(c)) == c`."""
-    return json.loads(config.model_dump_json())  # type: ignore[no-any-return]
+    return json.loads(config.model_dump_json())
 
 
 def to_yaml(config: Config) -> str:

@@ -39,7 +39,8 @@ def score(model: ClickModel, steps: Iterable[Step], device: torch.device) -> pa.
             "user": user, "user_hash": pa.array(hash_text(user)),
             "item": pa.array(batch.t_item, pa.int32()), "time": pa.array(batch.t_time, pa.int64()),
             "label": pa.array(batch.t_label, pa.int8()), "request": pa.array(batch.t_request, pa.int64()),
-            "past": pa.array(batch.t_past, pa.int64()), "score": pa.array(unpad(probability, inputs.c_real), pa.float32()),
+            "past": pa.array(batch.t_past, pa.int64()),
+            "score": pa.array(unpad(probability, inputs.c_real), pa.float32()),
         }))  # fmt: skip
     return pa.concat_tables(parts) if parts else SCORES.empty_table()
 
@@ -61,9 +62,7 @@ def click_scores(scores: pa.Table) -> ClickScores:
     )
 
 
-def rank_next_items(
-    model: MaskedItemModel, steps: Iterable[Step], device: torch.device, filter_seen: bool
-) -> RankSums:
+def rank_next_items(model: MaskedItemModel, steps: Iterable[Step], device: torch.device, filter_seen: bool) -> RankSums:
     """Rank of each user's next event among the whole catalogue, by the hidden event appended to its history.
 
     `filter_seen` leaves the user's past items out (never the target). A target outside the catalogue ranks last.

@@ -145,17 +145,13 @@ def click_quality(roc: tuple[Reals, Reals] | None, area: float | None, bins: Seq
     if roc is not None:
         left.fill_between(roc[0], roc[1], color=PALE, alpha=0.6, linewidth=0)
         left.plot(roc[0], roc[1], color=BLUE, label=f"model, AUC {area:.4f}")
-    left.set(
-        title="ROC", xlabel="false positive rate", ylabel="true positive rate", xlim=(0, 1), ylim=(0, 1.01)
-    )
+    left.set(title="ROC", xlabel="false positive rate", ylabel="true positive rate", xlim=(0, 1), ylim=(0, 1.01))
     left.legend(loc="lower right")
     _reliability(right, bins)
     below = figure.add_subplot(grid[3, 1], sharex=right)
     widths = [max(b.high - b.low, 1e-4) for b in bins]
     density = [b.n / w for b, w in zip(bins, widths, strict=True)]
-    below.bar(
-        [b.low for b in bins], density, width=widths, align="edge", color=PALE, edgecolor=BLUE, linewidth=0.6
-    )
+    below.bar([b.low for b in bins], density, width=widths, align="edge", color=PALE, edgecolor=BLUE, linewidth=0.6)
     below.set(xlabel="predicted probability", ylabel="density", yticks=[])
     return figure
 
@@ -166,9 +162,7 @@ def _reliability(axis: Any, bins: Sequence[Bin]) -> None:
     low, high = np.array([b.interval for b in bins]).T
     top = min(1.05 * max(float(high.max()), *x), 1.02)
     axis.plot([0, top], [0, top], color=GREY, linestyle="--", linewidth=1, label="perfect")
-    axis.errorbar(
-        x, y, (y - low, high - y), color=BLUE, fmt="o-", markersize=4, elinewidth=1, label="observed, 95 %"
-    )
+    axis.errorbar(x, y, (y - low, high - y), color=BLUE, fmt="o-", markersize=4, elinewidth=1, label="observed, 95 %")
     axis.set(
         title=f"Calibration in {len(bins)} score bins",
         ylabel="observed click rate",

@@ -198,9 +198,7 @@ def _cards(data: ReportData) -> list[dict[str, str]]:
 def _baselines(metrics: Json) -> dict[str, float]:
     """Baselines with a known AUC, best first."""
     known = {str(name): _real(area) for name, area in _part(metrics, "baselines").items()}
-    return dict(
-        sorted(((n, a) for n, a in known.items() if a is not None), key=lambda item: (-item[1], item[0]))
-    )
+    return dict(sorted(((n, a) for n, a in known.items() if a is not None), key=lambda item: (-item[1], item[0])))
 
 
 def _against_baseline(metrics: Json) -> str:
@@ -238,9 +236,7 @@ def _baseline_blocks(metrics: Json) -> list[Block]:
     table = [[n, f"{a:.4f}", NONE if n == model else f"{ours - a:+.4f}"] for n, a in ranked]
     caption = "The model beside its baselines on the same test impressions."
     if "oracle" in baselines:
-        caption += (
-            " The oracle scores with the generator's true probabilities: no model can beat it on average."
-        )
+        caption += " The oracle scores with the generator's true probabilities: no model can beat it on average."
     return [
         Drawing("Against baselines", plots.comparison(names, areas, names.index(model), error), caption),
         Table("", ["scorer", "test AUC", "model is ahead by"], table, names.index(model)),
@@ -266,9 +262,7 @@ def _section_clicks(data: ReportData) -> Section:
     blocks: list[Block] = []
     if area is None:
         every = "clicked" if label[0] else "not clicked"
-        blocks.append(
-            Text(f"All {len(label):,} test impressions were {every}: ROC and AUC are undefined.", "warn")
-        )
+        blocks.append(Text(f"All {len(label):,} test impressions were {every}: ROC and AUC are undefined.", "warn"))
     caption = (
         f"{len(label):,} test impressions. Right: click rate over mean prediction in bins of equal size, "
         "with Wilson intervals; under it the scores' density. Below the diagonal the model overestimates."
@@ -341,9 +335,7 @@ def _section_learning(data: ReportData) -> Section:
         validation = _curve((p.get("step"), _part(p, "validation").get(metric)) for p in points)
         rate = _curve((p.get("step"), p.get("lr")) for p in points)
         caption = f"{int(loss.step[-1]):,} optimiser steps; best by validation {metric.upper()}."
-        blocks.append(
-            Drawing(f"Stage {stage}", plots.learning_curves(loss, validation, metric.upper(), rate), caption)
-        )
+        blocks.append(Drawing(f"Stage {stage}", plots.learning_curves(loss, validation, metric.upper(), rate), caption))
     return Section("learning", "Learning curves", blocks)
 
 
@@ -362,9 +354,7 @@ def _section_data(data: ReportData) -> Section:
     rows = [[key.replace("_", " "), _show(value), _share(value, rows_in)] for key, value in _rows_of(facts)]
     sizes = [[key.replace("_", " "), _show(facts[key])] for key in facts if key not in dict(_rows_of(facts))]
     tables = [Table("Input rows", ["", "rows", "share"], rows)] if rows else []
-    reasons = sorted(
-        _part(account, "quarantined").items(), key=lambda item: (-(_real(item[1]) or 0), item[0])
-    )
+    reasons = sorted(_part(account, "quarantined").items(), key=lambda item: (-(_real(item[1]) or 0), item[0]))
     if reasons:
         cells = [[name, _show(count), _share(count, rows_in)] for name, count in reasons]
         tables.append(Table("Quarantined, by reason", ["reason", "rows", "share"], cells))
@@ -392,9 +382,7 @@ def _balance(facts: Json) -> list[Block]:
     text = f"{rows_in:,} rows in, {kept:,} kept + {quarantined:,} quarantined + {duplicates:,} duplicates"
     if rows_in == sum(where):
         return [Text(f"Every input row is accounted for: {text}.", "good")]
-    return [
-        Text(f"The account does not add up, {rows_in - sum(where):+,} rows are unexplained: {text}.", "warn")
-    ]
+    return [Text(f"The account does not add up, {rows_in - sum(where):+,} rows are unexplained: {text}.", "warn")]
 
 
 def _split_table(account: Json) -> list[Block]:

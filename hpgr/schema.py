@@ -147,11 +147,7 @@ class Timelines:
 
 
 def _list_array(column: pa.ChunkedArray) -> Any:
-    return (
-        column.chunk(0)
-        if column.num_chunks == 1
-        else pa.concat_arrays(column.chunks or [pa.array([], column.type)])
-    )
+    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks or [pa.array([], column.type)])
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,7 @@ from hpgr.on_ray import command
 
 def job(argv: Sequence[str]) -> None:
     parser = command.parser(str(__doc__))
-    parser.add_argument(
-        "--run", metavar="DIR", help="run folder, local or s3://, gs:// (default: runs/<name>-<time>)"
-    )
+    parser.add_argument("--run", metavar="DIR", help="run folder, local or s3://, gs:// (default: runs/<name>-<time>)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run")
     arguments = parser.parse_args(argv)
     if arguments.resume and not arguments.run:

@@ -23,9 +23,7 @@ class Group:
     batches: list[Ints]
 
 
-def plan_epoch(
-    windows: Windows, batch_tokens: int, group_tokens: int, seed: int, epoch: int | None
-) -> list[Group]:
+def plan_epoch(windows: Windows, batch_tokens: int, group_tokens: int, seed: int, epoch: int | None) -> list[Group]:
     """Groups of batches of an epoch; their entries are positions in `windows`.
 
     Buckets are shuffled and gathered until they hold `group_tokens`; inside a group windows of like length
@@ -37,9 +35,7 @@ def plan_epoch(
         inside = np.flatnonzero(np.isin(windows.bucket, buckets))
         batches = _batches(windows, inside, batch_tokens, seed, epoch)
         if epoch is not None:
-            order = np.argsort(
-                uniform(seed, epoch, int(buckets[0]), np.arange(len(batches)), 4), kind="stable"
-            )
+            order = np.argsort(uniform(seed, epoch, int(buckets[0]), np.arange(len(batches)), 4), kind="stable")
             batches = [batches[i] for i in order]
         groups.append(Group(np.sort(buckets), batches))
     return groups

@@ -37,6 +37,7 @@ from hpgr.data.timelines import encode, features_of, training_rows
 from hpgr.data.validation import USER_HASH, empty_rows, needed_columns, validate
 from hpgr.data.vocabulary import Vocabulary, count, merge
 from hpgr.errors import ArtifactError, ConfigError, DataError
+from hpgr.schema import SECOND
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -88,9 +89,7 @@ def prepare(config: Config, execute: Execute, say: Callable[[str], None]) -> Pre
     """
     data = config.data
     if data.columns.label is None:
-        raise ConfigError(
-            "data.columns.label: got null, expected the column of clicks; stage 2 learns from it"
-        )
+        raise ConfigError("data.columns.label: got null, expected the column of clicks; stage 2 learns from it")
     files = find_files(_paths(data, say), data.format)
     inputs = inputs_fingerprint(files)
     settings = {k: v for k, v in dump(config)["data"].items() if k not in ("prepared", "path", "synthetic")}
@@ -148,16 +147,12 @@ class _Job:
     def run(self, files: Sequence[SourceFile]) -> dict[str, Any]:
         pieces = fragments(files, needed_columns(self.data))
         scans = list(
-            self.execute(
-                "scan", partial(scan, data=self.data, folder=self.folder, buckets=self.buckets), pieces
-            )
+            self.execute("scan", partial(scan, data=self.data, folder=self.folder, buckets=self.buckets), pieces)
         )
         account = self._scanned(scans)
         every = range(self.buckets)
         time_split = self.data.split.by == "time_fraction"
-        sorts = list(
-            self.execute("sort", partial(sort, data=self.data, folder=self.folder, hours=time_split), every)
-        )
+        sorts = list(self.execute("sort", partial(sort, data=self.data, folder=self.folder, hours=time_split), every))
         account["duplicates"] = sum(s["duplicates"] for s in sorts)
         account["kept"] = sum(s["rows"] for s in sorts)
         self._balance(account)
@@ -167,11 +162,7 @@ class _Job:
         )
         account |= self._split_account(counts)
         sizes = next(
-            iter(
-                self.execute(
-                    "merge", partial(merge_counts, data=self.data, folder=self.folder), [self.buckets]
-                )
-            )
+            iter(self.execute("merge", partial(merge_counts, data=self.data, folder=self.folder), [self.buckets]))
         )
         encoding = partial(encode_bucket, data=self.data, folder=self.folder, cuts=cuts)
         account["timelines"] = sum(self.execute("encode", encoding, every))
@@ -204,9 +195,7 @@ class _Job:
 
     def _balance(self, account: dict[str, Any]) -> None:
         if account["rows_in"] != account["kept"] + account["quarantined"] + account["duplicates"]:
-            raise ArtifactError(
-                f"rows are missing: {account}; a task's files were lost, run the same command again"
-            )
+            raise ArtifactError(f"rows are missing: {account}; a task's files were lost, run the same command again")
 
     def _cut_offs(self, sorts: list[dict[str, Any]]) -> splits.CutOffs | None:
         split = self.data.split
@@ -221,9 +210,7 @@ class _Job:
             raise DataError("no impressions: no row matches data.impressions and has a label")
         found = [splits.locate(hours, share) for share in (1 - split.validation - split.test, 1 - split.test)]
         wanted = tuple(hour for hour, _ in found)
-        seconds = list(
-            self.execute("refine", partial(refine, folder=self.folder, hours=wanted), range(self.buckets))
-        )
+        seconds = list(self.execute("refine", partial(refine, folder=self.folder, hours=wanted), range(self.buckets)))
         exact = []
         for (_, left), parts in zip(found, zip(*seconds, strict=True), strict=True):
             total: Counter[int] = Counter()
@@ -331,7 +318,7 @@ def refine(bucket: int, folder: Folder, hours: tuple[int, ...]) -> list[dict[int
     """Impressions a second inside each of the given hours."""
     time = splits.targets_of(_read_ipc(folder, _sorted(bucket))).time
     inside = [time[time // splits.HOUR == hour] for hour in hours]
-    return [splits.histogram(t, splits.SECOND) for t in inside]
+    return [splits.histogram(t, SECOND) for t in inside]
 
 
 def count_bucket(bucket: int, data: Data, folder: Folder, cuts: splits.CutOffs | None) -> dict[str, Any]:

@@ -76,9 +76,7 @@ def _comparable(column: pa.ChunkedArray, value: object) -> pa.ChunkedArray:
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)) or isinstance(value, str):
         return column
     if isinstance(value, bool):
-        return pc.is_in(pc.utf8_lower(column), value_set=pa.array(["true", "1", "1.0", "yes"])).cast(
-            pa.bool_()
-        )
+        return pc.is_in(pc.utf8_lower(column), value_set=pa.array(["true", "1", "1.0", "yes"])).cast(pa.bool_())
     return to_number(column)
 
 

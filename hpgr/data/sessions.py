@@ -21,9 +21,7 @@ def session_numbers(time: Ints, offsets: Ints, gap_minutes: float) -> Ints:
     new = starts_timeline[:-1].copy()
     new[1:] |= np.diff(time) > gap_minutes * 60 * SECOND
     running = np.cumsum(new)
-    first = np.repeat(
-        running[np.minimum(offsets[:-1], len(time) - 1)] if len(time) else running, np.diff(offsets)
-    )
+    first = np.repeat(running[np.minimum(offsets[:-1], len(time) - 1)] if len(time) else running, np.diff(offsets))
     return np.asarray(running - first, np.int64)
 
 

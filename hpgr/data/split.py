@@ -55,19 +55,24 @@ def targets_of(table: pa.Table) -> Targets:
 
 
 def assign(targets: Targets, split: Split, cuts: CutOffs | None) -> Array:
-    """Split of each impression: [I] int8."""
+    """Split of each impression: [I] int8. To leave one out is to leave out one list, where there are lists."""
     if cuts is not None:
         return np.where(
             targets.time >= cuts.test, TEST, np.where(targets.time >= cuts.validation, VALIDATION, TRAIN)
         ).astype(np.int8)
-    n = np.bincount(targets.user)[targets.user] if len(targets.user) else np.zeros(0, np.int64)
+    if not len(targets.user):
+        return np.zeros(0, np.int8)
+    own = np.where(targets.request == 0, targets.row, targets.request)
+    list_start, user_start = run_starts(targets.user, targets.time, own), run_starts(targets.user)
+    n = np.bincount(targets.user)[targets.user]
     if split.by == "leave_one_out":
-        first, second = n - 2, n - 1
+        lists = np.cumsum(list_start == np.arange(len(n)))
+        place, last = lists - lists[user_start], (lists[user_start + n - 1] - lists[user_start])
+        first, second = last - 1, last
     else:
+        place = list_start - user_start
         first = np.floor(n * (1 - split.validation - split.test) + 0.5 + 1e-9)
         second = np.floor(n * (1 - split.test) + 0.5 + 1e-9)
-    own = np.where(targets.request == 0, targets.row, targets.request)
-    place = run_starts(targets.user, targets.time, own) - run_starts(targets.user)
     return np.where(place >= second, TEST, np.where(place >= first, VALIDATION, TRAIN)).astype(np.int8)
 
 

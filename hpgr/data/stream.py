@@ -144,9 +144,7 @@ def _make(spec: StreamSpec, assembler: Assembler, windows: Windows, epoch: int) 
         return next_item_batch(assembler, windows)
     if spec.kind == "click":
         return assembler.batch(windows)
-    return assembler.batch(
-        windows, Masking(spec.mask_ratio, spec.causal_share, (spec.seed, epoch)), targets=False
-    )
+    return assembler.batch(windows, Masking(spec.mask_ratio, spec.causal_share, (spec.seed, epoch)), targets=False)
 
 
 def step_of(table: pa.Table) -> Step:

@@ -81,9 +81,7 @@ def encode(table: pa.Table, vocabulary: Vocabulary, data: Data, cuts: CutOffs | 
     h_counts, t_counts = (np.bincount(u, minlength=n_users) for u in (h_user, targets.user))
     h_start = offsets_of(h_counts)[:-1]
 
-    encoded_items = vocabulary.item_indices(
-        table.column(ITEM).combine_chunks(), table.column(ITEM_HASH).to_numpy()
-    )
+    encoded_items = vocabulary.item_indices(table.column(ITEM).combine_chunks(), table.column(ITEM_HASH).to_numpy())
     encoded_actions = vocabulary.category_indices("action", actions(table))
     own = run_starts(targets.user, targets.time, np.where(targets.request == 0, targets.row, targets.request))
     columns: dict[str, Array] = {
@@ -131,9 +129,7 @@ def _user_columns(table: pa.Table, codes: Ints, n_users: int) -> dict[str, Any]:
     return {"user": rows.column(USER).combine_chunks(), "user_hash": rows.column(USER_HASH).to_numpy()}
 
 
-def _features(
-    table: pa.Table, rows: Ints, stream: str, vocabulary: Vocabulary, data: Data
-) -> tuple[Array, Array]:
+def _features(table: pa.Table, rows: Ints, stream: str, vocabulary: Vocabulary, data: Data) -> tuple[Array, Array]:
     def column(feature: Feature) -> pa.Array:
         return table.column(FEATURE_PREFIX + feature.name).combine_chunks()
 
@@ -142,8 +138,7 @@ def _features(
         for f in features_of(data.features, stream, "cat")
     ]
     num = [
-        vocabulary.standardise(FEATURE_PREFIX + f.name, column(f))
-        for f in features_of(data.features, stream, "num")
+        vocabulary.standardise(FEATURE_PREFIX + f.name, column(f)) for f in features_of(data.features, stream, "num")
     ]
     return (
         np.stack([c[rows] for c in cat], 1) if cat else np.zeros((len(rows), 0), np.int32),
@@ -151,9 +146,7 @@ def _features(
     )
 
 
-def _to_lists(
-    users: dict[str, Any], columns: dict[str, Array], h_counts: Ints, t_counts: Ints, data: Data
-) -> pa.Table:
+def _to_lists(users: dict[str, Any], columns: dict[str, Array], h_counts: Ints, t_counts: Ints, data: Data) -> pa.Table:
     widths = {s + k: len(features_of(data.features, s, k)) for s in ("h_", "t_") for k in ("cat", "num")}
     schema = timeline_schema(widths)
     arrays = []

@@ -75,7 +75,7 @@ def validate(raw: pa.Table, first_row: int, data: Data) -> Validated:
     columns[IN_HISTORY] = pa.array(any_group(raw, data.history))
     labelled = pc.is_valid(columns[LABEL]).to_numpy(zero_copy_only=False)
     columns[IS_TARGET] = pa.array(any_group(raw, data.impressions) & labelled)
-    good = np.equal(reasons, None)
+    good = _none(reasons)
     rows = pa.table(columns).filter(pa.array(good)).combine_chunks()
     return Validated(_with_hashes(rows, data), _quarantine(raw, reasons, first_row))
 
@@ -92,7 +92,7 @@ def empty_rows(data: Data) -> pa.Table:
 
 
 def _quarantine(raw: pa.Table, reasons: npt.NDArray[np.object_], first_row: int) -> pa.Table:
-    bad = np.flatnonzero(np.not_equal(reasons, None))
+    bad = np.flatnonzero(~_none(reasons))
     values = raw.take(pa.array(bad))
     text = pa.array([str(row) for row in values.to_pylist()], pa.string())
     return pa.table({
@@ -102,8 +102,12 @@ def _quarantine(raw: pa.Table, reasons: npt.NDArray[np.object_], first_row: int)
     })  # fmt: skip
 
 
+def _none(reasons: npt.NDArray[np.object_]) -> Mask:
+    return np.asarray(pd.isna(reasons), bool)
+
+
 def _mark(reasons: npt.NDArray[np.object_], bad: Mask, reason: str) -> None:
-    reasons[bad & np.equal(reasons, None)] = reason
+    reasons[bad & _none(reasons)] = reason
 
 
 def _nulls(column: pa.ChunkedArray) -> Mask:
@@ -168,9 +172,7 @@ def _microseconds(column: pa.ChunkedArray, data: Data) -> tuple[npt.NDArray[np.i
         or pa.types.is_large_string(kind)
         or pa.types.is_null(kind)
     ):
-        raise DataError(
-            f"column {data.columns.time!r} (time) is {kind}; expected a timestamp, a number or text"
-        )
+        raise DataError(f"column {data.columns.time!r} (time) is {kind}; expected a timestamp, a number or text")
     numbers = to_number(column).to_numpy(zero_copy_only=False).astype(float)
     readable = np.isfinite(numbers)
     limit = 2.0**62 / _UNIT_US[data.time_unit]
@@ -185,7 +187,8 @@ def _read_text_times(
     column: pa.ChunkedArray, numbers: npt.NDArray[np.float64], unit: str, out: npt.NDArray[np.int64], readable: Mask
 ) -> None:
     """Times from text, into `out`: whole numbers exactly, as from an integer column, and ISO 8601 dates."""
-    whole = np.asarray(pc.fill_null(pc.match_substring_regex(column, r"^[+-]?\d{1,18}$"), False), bool)
+    whole = np.asarray(pc.fill_null(pc.match_substring_regex(column, r"^[+-]?\d{1,19}$"), False), bool)
+    whole &= np.abs(np.nan_to_num(numbers)) < 2**63
     digits = column.filter(pa.array(whole)).to_numpy(zero_copy_only=False)
     out[whole] = _scaled(digits.astype(np.int64), unit)
     dates = pd.Series(np.where(np.isnan(numbers), column.to_numpy(zero_copy_only=False), None), dtype=object)
@@ -221,11 +224,16 @@ def _labels(raw: pa.Table, data: Data, reasons: npt.NDArray[np.object_]) -> pa.A
 
 
 def _numbers(column: pa.ChunkedArray, name: str) -> npt.NDArray[np.float64]:
-    """Numbers of a column, NaN for null and for what is none: [rows]."""
+    """Numbers of a column, true and false being 1 and 0; NaN for null and for what is none: [rows]."""
     kind = column.type
     if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_temporal(kind):
         raise DataError(f"column {name!r} is {kind}; expected numbers, or text of numbers")
-    return np.asarray(to_number(column).to_numpy(zero_copy_only=False), float)
+    numbers = np.array(to_number(column).to_numpy(zero_copy_only=False), float)
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        lower = pc.utf8_lower(column)
+        for value, word in enumerate(("false", "true")):
+            numbers[np.asarray(pc.fill_null(pc.equal(lower, word), False), bool)] = value
+    return numbers
 
 
 def _text_or_null(raw: pa.Table, name: str | None) -> pa.Array:
@@ -273,7 +281,8 @@ def _feature(raw: pa.Table, feature: Feature, reasons: npt.NDArray[np.object_]) 
 def _with_hashes(rows: pa.Table, data: Data) -> pa.Table:
     """Hashes that shard, order and compare rows. `content` covers every mapped value but user, item and time."""
     label = pc.fill_null(rows.column(LABEL), -1).to_numpy()
-    keys = [label, rows.column(REQUEST).to_numpy(), rows.column(IN_HISTORY).to_numpy(), rows.column(IS_TARGET).to_numpy(),
+    flags = [rows.column(name).to_numpy() for name in (IN_HISTORY, IS_TARGET)]
+    keys = [label, rows.column(REQUEST).to_numpy(), *flags,
             hash_text(rows.column(ACTION)), rows.column(ORDER).to_numpy().view(np.uint64)]  # fmt: skip
     for feature in data.features:
         column = rows.column(FEATURE_PREFIX + feature.name)

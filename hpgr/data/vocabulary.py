@@ -96,9 +96,7 @@ class Vocabulary:
     oov_buckets: int
 
     @classmethod
-    def from_counts(
-        cls, counts: pa.Table, config: VocabularyConfig, features: Iterable[Feature]
-    ) -> Vocabulary:
+    def from_counts(cls, counts: pa.Table, config: VocabularyConfig, features: Iterable[Feature]) -> Vocabulary:
         """Most frequent first, ties by id: so no index depends on the order of the log."""
         items = counts.filter(pc.equal(counts.column("field"), ITEM_FIELD))
         items = items.filter(pc.greater_equal(items.column("count"), config.min_count))
@@ -111,9 +109,7 @@ class Vocabulary:
                 categories[field] = _index(counts, field)
             else:
                 moments[field] = _moments(counts, field)
-        return cls(
-            items.select(["value", "count", "shown", "clicked"]), categories, moments, config.oov_buckets
-        )
+        return cls(items.select(["value", "count", "shown", "clicked"]), categories, moments, config.oov_buckets)
 
     @property
     def first_item(self) -> int:

@@ -74,18 +74,12 @@ def impression_windows(timelines: Timelines, stream: Stream, bucket: int, split:
     gap = np.cumsum(np.diff(chosen, prepend=-1) > 1)
     run = run_starts(user, step, gap)
     piece = (np.arange(len(chosen)) - run) // stream.window
-    first = (
-        np.flatnonzero(np.diff(run_starts(run, piece), prepend=-1) > 0)
-        if len(chosen)
-        else np.zeros(0, np.int64)
-    )
+    first = np.flatnonzero(np.diff(run_starts(run, piece), prepend=-1) > 0) if len(chosen) else np.zeros(0, np.int64)
     last = np.append(first[1:], len(chosen))[: len(first)] - 1
     start = step[first] * stream.stride
     stop = np.maximum(start, seen[last])
     inside = timelines.t_offsets[user[first]]
-    return _build(
-        timelines, bucket, user[first], start, stop, chosen[first] - inside, chosen[last] + 1 - inside
-    )
+    return _build(timelines, bucket, user[first], start, stop, chosen[first] - inside, chosen[last] + 1 - inside)
 
 
 def _build(

@@ -106,7 +106,7 @@ class EventEncoder(nn.Module):
     def _gap(self, time: Tensor, x: Inputs, visible: Tensor) -> Tensor:
         """Time since the last visible event; index 0 is "there is none"."""
         bucket = 1 + time_bucket(time - time_before(x.h_time, visible), self.buckets)
-        return torch.as_tensor(self.gap(bucket * (visible > 0)))
+        return self.gap(bucket * (visible > 0))
 
 
 class MatchFeatures(nn.Module):
@@ -129,4 +129,4 @@ class MatchFeatures(nn.Module):
         last = torch.where(same, x.h_time[:, None, :], 0).amax(-1)
         bucket = 1 + time_bucket(x.c_time - last, self.buckets)
         count = torch.log2(1 + n.float()).ceil().long().clamp(max=MATCH_COUNTS - 1)
-        return torch.as_tensor(self.count(count) + self.age(bucket * (n > 0)))
+        return self.count(count) + self.age(bucket * (n > 0))

@@ -25,7 +25,7 @@ class Output(NamedTuple):
     """Sum of losses, how many terms it has, and the scores (stage 2: [B, M] logits; stage 1: empty)."""
 
     loss: Tensor
-    count: Tensor
+    terms: Tensor
     scores: Tensor
 
 
@@ -54,7 +54,7 @@ class MaskedItemModel(nn.Module):
     def encode(self, x: Inputs, noise: Noise | None = None) -> Tensor:
         """What each event's place says about its item: [B, N, D]."""
         encoded, context = self.sem(self.events.history(x, noise), x, noise)
-        return torch.as_tensor(self.head(encoded + torch.tanh(self.gate) * context))
+        return self.head(encoded + torch.tanh(self.gate) * context)
 
     def forward(self, x: Inputs, noise: Noise | None = None, negatives: Negatives | None = None) -> Output:
         """Cross-entropy summed over hidden events whose item is in the catalogue; full softmax without `negatives`."""
@@ -77,11 +77,7 @@ class MaskedItemModel(nn.Module):
         table, bias = self.events.item.weight, self.item_bias
         log_q = negatives.log_q
         positive = (state * table[target]).sum(-1) + bias[target] - log_q[target - self.first_item]
-        others = (
-            state @ table[negatives.items].T
-            + bias[negatives.items]
-            - log_q[negatives.items - self.first_item]
-        )
+        others = state @ table[negatives.items].T + bias[negatives.items] - log_q[negatives.items - self.first_item]
         others = others.masked_fill(negatives.items == target[:, None], float("-inf"))
         logits = torch.cat([positive[:, None], others], 1).float()
         return F.cross_entropy(logits, torch.zeros_like(target), reduction="sum")
@@ -103,13 +99,9 @@ class ClickModel(nn.Module):
             self.gate_intra = nn.Parameter(torch.zeros(model.width))
             self.gate_inter = nn.Parameter(torch.zeros(model.width))
         self.encoder = HstuEncoder(model, config.stream.window)
-        self.head = nn.Sequential(
-            nn.LayerNorm(model.width),
-            nn.Linear(model.width, model.width),
-            nn.GELU(),
-            nn.Linear(model.width, 1),
-        )
-        nn.init.constant_(self.head[-1].bias, math.log(sizes.base_rate / (1 - sizes.base_rate)))
+        click = nn.Linear(model.width, 1)
+        nn.init.constant_(click.bias, math.log(sizes.base_rate / (1 - sizes.base_rate)))
+        self.head = nn.Sequential(nn.LayerNorm(model.width), nn.Linear(model.width, model.width), nn.GELU(), click)
         frozen = model.pgsa.enabled and model.pgsa.anchors == "frozen"
         self.register_buffer("anchor_table", torch.zeros(sizes.items if frozen else 0, model.width))
         number_sites(self)

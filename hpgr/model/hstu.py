@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,8 @@ class RelativeBias(nn.Module):
 
 
 def _lookup(table: Tensor, index: Tensor) -> Tensor:
-    """table[h, index[b, q, n]] -> [B, H, Q, N]. A flat select, whose gradient is 20 times cheaper than an embedding's."""
+    """table[h, index[b, q, n]] -> [B, H, Q, N]. A flat select: its gradient is 20 times cheaper
+    than an embedding's."""
     heads, size = table.shape
     flat = index[:, None] + (torch.arange(heads, device=index.device) * size)[:, None, None]
     return table.reshape(-1).index_select(0, flat.reshape(-1)).view(flat.shape)
@@ -100,7 +102,7 @@ class HstuLayer(nn.Module):
         u, v, q, k = uvqk
         mixed = attend(q, *history_kv, (k, v), self.bias(r), self.bias.own, r.weights)
         mixed = self.norm_out(mixed.transpose(1, 2).flatten(2)) * u
-        return torch.as_tensor(x + self.dropout(self.out(mixed), noise, stream))
+        return x + self.dropout(self.out(mixed), noise, stream)
 
 
 class HstuEncoder(nn.Module):
@@ -112,7 +114,7 @@ class HstuEncoder(nn.Module):
 
     def forward(self, h: Tensor, c: Tensor, h_rel: Relation, c_rel: Relation, noise: Noise | None) -> Tensor:
         """History [B, N, D] and candidates [B, M, D] -> encoded candidates [B, M, D]."""
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(cast("list[HstuLayer]", self.layers)):
             own = layer.uvqk(h)
             history_kv = (own[3], own[1])
             c = layer.update(c, layer.uvqk(c), history_kv, c_rel, noise, 1)

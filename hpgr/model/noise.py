@@ -9,15 +9,17 @@ Slices of different rows may overlap, shifted; ours [D], in place of per-worker 
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from hpgr.schema import Ints
 
 POOL = 1 << 20
+U64 = npt.NDArray[np.uint64]
 
 
-def _mix(x: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+def _mix(x: U64) -> U64:
     with np.errstate(over="ignore"):
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

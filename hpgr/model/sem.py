@@ -30,9 +30,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, allowed: Tensor, noise: Noise | None, stream: int) -> Tensor:
         """[B, T, D] under a mask [B, T, T] of allowed keys; every query must be allowed one."""
-        q, k, v = (
-            y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.qkv(self.norm1(x)).chunk(3, -1)
-        )
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.qkv(self.norm1(x)).chunk(3, -1))
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed[:, None])
         x = x + self.drop1(self.out(mixed.transpose(1, 2).flatten(2)), noise, stream)
         return x + self.drop2(self.mlp(self.norm2(x)), noise, stream)
@@ -67,9 +65,7 @@ class Sem(nn.Module):
 
     def _context(self, encoded: Tensor, x: Inputs, causal: Tensor, noise: Noise | None) -> Tensor:
         n = int(x.h_session.max()) + 1
-        member = (x.h_session[:, None, :] == torch.arange(n, device=encoded.device)[:, None]) & x.h_real[
-            :, None, :
-        ]
+        member = (x.h_session[:, None, :] == torch.arange(n, device=encoded.device)[:, None]) & x.h_real[:, None, :]
         member_BSN = member.to(encoded.dtype)
         size = member_BSN.sum(-1, keepdim=True)
         summary = member_BSN @ encoded / size.clamp(min=1)
@@ -79,7 +75,7 @@ class Sem(nn.Module):
         summary = self.back(self.norm(summary))
         shifted = F.pad(summary, (0, 0, 1, 0))[:, :-1]
         summary = torch.where(causal[:, None, None], shifted, summary)
-        return torch.as_tensor(member_BSN.transpose(1, 2) @ summary)
+        return member_BSN.transpose(1, 2) @ summary
 
 
 def places_in_session(session: Tensor) -> Tensor:

@@ -21,9 +21,7 @@ _START = time.monotonic()
 
 def parser(description: str) -> argparse.ArgumentParser:
     """Arguments of every job that takes a configuration."""
-    out = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    out = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     out.add_argument("--config", metavar="FILE", help="YAML file (default: the generated log)")
     out.add_argument(
         "--set",
@@ -66,7 +64,5 @@ def main(job: Callable[[Sequence[str]], None]) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(
-            "interrupted; run the same command with --run and --resume to go on", file=sys.stderr, flush=True
-        )
+        print("interrupted; run the same command with --run and --resume to go on", file=sys.stderr, flush=True)
         sys.exit(130)

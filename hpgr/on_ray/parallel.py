@@ -49,9 +49,7 @@ class RayExecute:
             HpgrError: of the kind that the function raised on any item.
         """
         start = spoken = time.monotonic()
-        rows = ray.data.range(len(items), override_num_blocks=len(items)).map(
-            _Call(function, items), num_cpus=1
-        )
+        rows = ray.data.range(len(items), override_num_blocks=len(items)).map(_Call(function, items), num_cpus=1)
         results: dict[int, Any] = {}
         try:
             for row in rows.iter_rows():

@@ -55,27 +55,19 @@ def open_run(request: Request) -> tuple[Config, Folder]:
     folder = Folder(absolute(request.run))
     if not folder.exists("run.json"):
         if request.resume:
-            raise ArtifactError(
-                f"--resume: there is no run in {folder.uri}; leave --resume out to start one there"
-            )
+            raise ArtifactError(f"--resume: there is no run in {folder.uri}; leave --resume out to start one there")
         assert request.config is not None
         folder.write("config.yaml", to_yaml(request.config).encode())
-        folder.write_json(
-            "run.json", {"format": FORMAT, "config": dump(request.config), "versions": versions()}
-        )
+        folder.write_json("run.json", {"format": FORMAT, "config": dump(request.config), "versions": versions()})
         return request.config, folder
     stored = folder.read_json("run.json")
     check_format(stored, f"run folder {folder.uri}")
     if not request.resume:
-        raise ArtifactError(
-            f"{folder.uri} already holds a run; add --resume to go on with it, or give another --run"
-        )
+        raise ArtifactError(f"{folder.uri} already holds a run; add --resume to go on with it, or give another --run")
     config = validate(stored["config"])
     if request.config is None:
         return config, folder
-    changed = [
-        k for k, v in dump(request.config).items() if v != stored["config"][k] and k not in FREE_ON_RESUME
-    ]
+    changed = [k for k, v in dump(request.config).items() if v != stored["config"][k] and k not in FREE_ON_RESUME]
     if changed:
         raise ConfigError(f"--resume goes on with the run's own settings, but {', '.join(changed)} differ(s) from "
                           f"{folder.uri}/config.yaml; leave --config and --set out, or start another run")  # fmt: skip
@@ -159,16 +151,12 @@ def _oracle(run: Run) -> dict[str, float]:
         return {}
     truth_folder = generated_log(run.config.data).sub("truth")
     filesystem, path = truth_folder.path()
-    truth = pa.concat_tables(
-        pq.read_table(f"{path}/{name}", filesystem=filesystem) for name in truth_folder.entries()
-    )
+    truth = pa.concat_tables(pq.read_table(f"{path}/{name}", filesystem=filesystem) for name in truth_folder.entries())
     truth = truth.set_column(
         truth.column_names.index("timestamp"), "time", pc.multiply(truth.column("timestamp"), SECOND)
     )
     scores = run.folder.read_parquet("stage2/test_scores.parquet", ["user", "item_id", "time", "label"])
-    joined = scores.join(
-        truth, ["user", "item_id", "time"], ["user_id", "item_id", "time"], join_type="inner"
-    )
+    joined = scores.join(truth, ["user", "item_id", "time"], ["user_id", "item_id", "time"], join_type="inner")
     value = auc(joined.column("probability").to_numpy(), joined.column("label").to_numpy())
     return {} if value is None else {"oracle": value}
 
@@ -188,14 +176,10 @@ def _metrics(run: Run, figures: dict[str, Any], seconds: dict[str, float]) -> di
     }
 
 
-def _report(
-    run: Run, metrics: dict[str, Any], curves: list[dict[str, Any]], statistics: dict[str, Any]
-) -> str:
+def _report(run: Run, metrics: dict[str, Any], curves: list[dict[str, Any]], statistics: dict[str, Any]) -> str:
     manifest = run.prepared.manifest
     account, vocabulary = manifest["account"], manifest["vocabulary"]
-    splits = {
-        n: {"rows": s["impressions"], "positives": s["positives"]} for n, s in account["splits"].items()
-    }
+    splits = {n: {"rows": s["impressions"], "positives": s["positives"]} for n, s in account["splits"].items()}
     sizes = {"items": vocabulary["items"], **{k: v - 2 for k, v in vocabulary["categories"].items()}}
     counts = {name: account[name] for name in ("users", "timelines", "history_events", "unused")}
     return render_report(

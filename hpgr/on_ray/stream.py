@@ -23,9 +23,7 @@ AHEAD = 2
 
 
 def _produce(row: dict[str, Any], spec: StreamSpec, rank: int, world: int) -> Iterator[pa.Table]:
-    for table in (
-        (int(e), int(g), int(f)) for e, g, f in zip(row["epoch"], row["group"], row["first"], strict=True)
-    ):
+    for table in ((int(e), int(g), int(f)) for e, g, f in zip(row["epoch"], row["group"], row["first"], strict=True)):
         yield from produce(Item(*table), spec, rank, world)
 
 

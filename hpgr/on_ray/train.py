@@ -76,7 +76,6 @@ def run_training(run: Run, say: Callable[[str], None]) -> dict[str, Any]:
     return _on_workers(run, say)
 
 
-@ray.remote(num_cpus=0)
 class Mailbox:
     """Lines and results from the first worker to the driver, so that a job's log shows them as they come."""
 
@@ -124,7 +123,7 @@ def _on_workers(run: Run, say: Callable[[str], None]) -> dict[str, Any]:
     resources = run.config.resources
     cpus = cpus_per_worker(run.config, cluster_cpus())
     check_resources(run.config, cpus)
-    mailbox = Mailbox.remote()
+    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
     relay = _Relay(mailbox, say)
     thread = threading.Thread(target=relay.loop, daemon=True)
     payload = {
@@ -149,7 +148,8 @@ def _on_workers(run: Run, say: Callable[[str], None]) -> dict[str, Any]:
         ),
     )
     say(
-        f"train: starting {resources.workers} Ray Train worker(s), {cpus:g} CPU{' and a GPU' if resources.gpu else ''} each"
+        f"train: starting {resources.workers} Ray Train worker(s), "
+        f"{cpus:g} CPU{' and a GPU' if resources.gpu else ''} each"
     )
     thread.start()
     failure: Exception | None = None
@@ -161,9 +161,9 @@ def _on_workers(run: Run, say: Callable[[str], None]) -> dict[str, Any]:
         relay.stopped = True
         thread.join()
         relay.drain()
-    result, error = ray.get(mailbox.outcome.remote())
-    if error is not None:
-        raise getattr(hpgr.errors, error[0])(error[1])
+    result, told = ray.get(mailbox.outcome.remote())
+    if told is not None:
+        raise getattr(hpgr.errors, told[0])(told[1])
     if failure is not None or result is None:
         raise TrainingError(
             f"training failed: {_innermost(failure)}; run the same command with --resume to go on"
@@ -205,7 +205,8 @@ def check_resources(config: Config, cpus: float) -> None:
         return
     for kind, amount in need.items():
         if amount > have.get(kind, 0.0):
-            raise HpgrError(f"resources: {workers} worker(s) need {amount:g} {kind}, the cluster has {have.get(kind, 0.0):g}; "
+            there = have.get(kind, 0.0)
+            raise HpgrError(f"resources: {workers} worker(s) need {amount:g} {kind}, the cluster has {there:g}; "
                             "lower resources.workers or cpus_per_worker, or use a larger cluster")  # fmt: skip
 
 

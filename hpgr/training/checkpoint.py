@@ -60,9 +60,7 @@ def latest(folder: Folder, say: Callable[[str], None]) -> str | None:
     return None
 
 
-def load(
-    folder: Folder, name: str, optimiser: torch.optim.Optimizer
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load(folder: Folder, name: str, optimiser: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Model tensors and state of a checkpoint; the optimiser is restored in place."""
     contents = _verified(folder.sub(name))
     state = json.loads(contents[_STATE])

@@ -42,7 +42,7 @@ def from_first(value: T) -> T:
         return value
     box: list[Any] = [value]
     dist.broadcast_object_list(box, src=0)
-    return box[0]  # type: ignore[no-any-return]
+    return box[0]
 
 
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:

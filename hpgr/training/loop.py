@@ -95,18 +95,14 @@ class _Loop:
             self._rehearse()
             self._train()
         if p.best_file:
-            weights = distributed.from_first(
-                None if distributed.rank() else self.context.folder.read(p.best_file)
-            )
+            weights = distributed.from_first(None if distributed.rank() else self.context.folder.read(p.best_file))
             assert weights is not None
             self.model.load_state_dict(checkpoint.from_bytes(weights))
         return p
 
     def _restore(self) -> None:
         say = self.context.say if distributed.rank() == 0 else lambda _: None
-        name = distributed.from_first(
-            checkpoint.latest(self.checkpoints, say) if distributed.rank() == 0 else None
-        )
+        name = distributed.from_first(checkpoint.latest(self.checkpoints, say) if distributed.rank() == 0 else None)
         if name is None:
             return
         tensors, state = checkpoint.load(self.checkpoints, name, self.optimiser)
@@ -169,7 +165,7 @@ class _Loop:
         p = self.progress
         output = self._forward(step.batch, p.global_step)
         real = float(step.real)
-        sums = torch.stack([output.loss.detach().double() * real, output.count.double() * real]).cpu()
+        sums = torch.stack([output.loss.detach().double() * real, output.terms.double() * real]).cpu()
         total, count = distributed.sum_over_workers(sums.to(self.context.device)).tolist()
         self._check(total, step)
         # DDP averages over workers, so a sum divided once by the global count needs their number as factor.
@@ -200,7 +196,7 @@ class _Loop:
         known = {k: v for k, v in figures.items() if v is not None}
         sums = {
             "train_loss": p.loss_sum / max(1.0, p.loss_count),
-            "lr": self.schedule.get_last_lr()[0],
+            "lr": float(self.schedule.get_last_lr()[0]),
             "data_wait": p.waited / max(p.seconds, 1e-9),
         }
         p.curve.append({"stage": stage.name, "step": p.global_step, "epoch": p.epoch, **sums, "validation": figures})

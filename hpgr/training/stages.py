@@ -21,11 +21,9 @@ class MaskedItemStage:
     """Stage 1. Validated as a next-item model: NDCG@10 over the whole catalogue."""
 
     name, metric = "stage1", "ndcg@10"
-    shown = ("hr@10", "ndcg@10")
+    shown: tuple[str, ...] = ("hr@10", "ndcg@10")
 
-    def __init__(
-        self, config: Config, sizes: Sizes, counts: Array, stream: StreamSpec, validation: StreamSpec
-    ) -> None:
+    def __init__(self, config: Config, sizes: Sizes, counts: Array, stream: StreamSpec, validation: StreamSpec) -> None:
         stage = config.stage1
         self.epochs, self.patience, self.validate_every = stage.epochs, stage.patience, 0
         self.optimiser, self.stream, self.validation = stage.optimiser, stream, validation
@@ -56,7 +54,7 @@ class ClickStage:
     """Stage 2. Validated by AUC."""
 
     name, metric = "stage2", "auc"
-    shown = ("auc", "gauc", "log_loss")
+    shown: tuple[str, ...] = ("auc", "gauc", "log_loss")
 
     def __init__(self, config: Config, sizes: Sizes, stream: StreamSpec, validation: StreamSpec) -> None:
         stage = config.stage2

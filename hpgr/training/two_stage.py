@@ -98,7 +98,7 @@ def train(run: Run, worker: Worker) -> dict[str, Any]:
     """Both stages and the test; returns the run's figures, the same on every worker."""
     torch.manual_seed(run.config.seed)
     torch.use_deterministic_algorithms(worker.device.type == "cpu")
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     worker = replace(worker, say=worker.say if distributed.rank() == 0 else lambda _: None)
     items = run.prepared.folder.read_parquet("vocabulary.parquet")
     out: dict[str, Any] = {"curves": [], "seconds": {}}
@@ -116,9 +116,7 @@ def train(run: Run, worker: Worker) -> dict[str, Any]:
 
 def _masked_stage(run: Run, items: pa.Table) -> MaskedItemStage:
     counts = items.column("count").to_numpy().astype(np.float64)
-    return MaskedItemStage(
-        run.config, run.sizes(), counts, run.spec("masked"), run.spec("next_item-validation")
-    )
+    return MaskedItemStage(run.config, run.sizes(), counts, run.spec("masked"), run.spec("next_item-validation"))
 
 
 def _finish(
@@ -215,8 +213,7 @@ def _test_click(run: Run, worker: Worker, model: ClickModel, items: pa.Table) ->
     known = scores.column("item").to_numpy() >= first_item
     index = np.where(known, scores.column("item").to_numpy() - first_item, 0)
     per_item = {
-        name: np.where(known, items.column(name).to_numpy()[index], 0)
-        for name in ("count", "shown", "clicked")
+        name: np.where(known, items.column(name).to_numpy()[index], 0) for name in ("count", "shown", "clicked")
     }
     names = pc.if_else(pa.array(known), items.column("value").combine_chunks().take(pa.array(index)), None)
     scores = scores.append_column("popularity", pa.array(per_item["count"])).append_column("item_id", names)
@@ -224,5 +221,8 @@ def _test_click(run: Run, worker: Worker, model: ClickModel, items: pa.Table) ->
         run.folder.sub("stage2").write_parquet("test_scores.parquet", scores)
     label = scores.column("label").to_numpy()
     rate = (per_item["clicked"] + 10 * run.sizes().base_rate) / (per_item["shown"] + 10)
-    return click_scores(scores).compute() | {"baselines_auc": {
-        "item popularity": auc(per_item["count"].astype(float), label), "item click rate": auc(rate, label)}}  # fmt: skip
+    baselines = {
+        "item popularity": auc(per_item["count"].astype(float), label),
+        "item click rate": auc(rate, label),
+    }
+    return click_scores(scores).compute() | {"baselines_auc": baselines}

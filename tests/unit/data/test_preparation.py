@@ -1,0 +1,604 @@
+"""Logs -> timelines: the small expected tables stand beside the input."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from hpgr.data import preparation
+from hpgr.data.hashing import hash_text
+from hpgr.data.preparation import Prepared, in_process, prepare
+from hpgr.schema import FIRST_OOV, TEST, TRAIN, VALIDATION
+
+T = 1_600_000_000
+US = 1_000_000
+Make = Callable[..., Any]
+NAMES = {TRAIN: "train", VALIDATION: "val", TEST: "test"}
+
+
+def users(prepared: Prepared) -> dict[str, dict[str, Any]]:
+    """Timelines of all buckets by user."""
+    rows = [row for b in range(prepared.buckets) for row in prepared.timelines(b).to_pylist()]
+    assert len({row["user"] for row in rows}) == len(rows) == prepared.manifest["account"]["timelines"]
+    return {row["user"]: row for row in rows}
+
+
+def splits(prepared: Prepared) -> dict[str, list[str]]:
+    """The split of each impression of a user, in time order."""
+    return {user: [NAMES[s] for s in row["t_split"]] for user, row in users(prepared).items()}
+
+
+def vocabulary(prepared: Prepared) -> list[str]:
+    return prepared.vocabulary().items.column("value").to_pylist()
+
+
+def item_names(prepared: Prepared, indices: list[int]) -> list[str]:
+    """Ids of item indices; `?` for out of vocabulary."""
+    words, first = vocabulary(prepared), prepared.vocabulary().first_item
+    return [words[i - first] if i >= first else "?" for i in indices]
+
+
+def content(prepared: Prepared) -> list[bytes]:
+    """The prepared files that training reads, byte for byte."""
+    names = ["vocabulary.parquet", "vocabulary.json"]
+    names += [f"timelines/{n}" for n in prepared.folder.entries("timelines")]
+    return [prepared.folder.read(name) for name in names]
+
+
+def one_user(n: int, user: str = "a", start: int = 0) -> list[dict[str, Any]]:
+    """n impressions a second apart, clicked in turn."""
+    return [{"user_id": user, "item_id": f"i{k % 3}", "timestamp": T + start + k, "clicked": k % 2} for k in range(n)]
+
+
+def busy_log(seed: int = 0) -> dict[str, list[Any]]:
+    """Users with many equal times, repeated items, lists, missing values and features of every role."""
+    rng = np.random.default_rng(seed)
+    n = 240
+    return {
+        "user_id": [f"u{k}" for k in rng.integers(0, 7, n)],
+        "item_id": [f"i{k}" for k in rng.integers(0, 12, n)],
+        "timestamp": (T + rng.integers(0, 60, n)).tolist(),
+        "clicked": rng.choice([0, 1, None], n).tolist(),
+        "event": rng.choice(["view", "cart", None], n).tolist(),
+        "page": rng.choice(["p1", "p2", "p3", None], n).tolist(),
+        "price": [None if k % 11 == 0 else round(float(v), 3) for k, v in enumerate(rng.gamma(2, 9, n))],
+        "city": rng.choice(["北京", "São Paulo", "Łódź"], n).tolist(),
+    }
+
+
+BUSY = {
+    "columns": {"label": "clicked", "action": "event", "request": ["page", "timestamp"]},
+    "features": [
+        {"name": "price", "column": "price", "role": "item", "kind": "numeric", "transform": "log1p"},
+        {"name": "city", "column": "city", "role": "user"},
+    ],
+}
+
+
+def permuted(rows: dict[str, list[Any]], order: Any) -> dict[str, list[Any]]:
+    return {name: [values[i] for i in order] for name, values in rows.items()}
+
+
+# Splits.
+
+A, B = one_user(10, "a"), one_user(5, "b", start=100)
+C = one_user(1, "c", start=200)
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        (
+            {"by": "user_fraction"},
+            {"a": "8 train, 1 val, 1 test", "b": "4 train, 1 val, 0 test", "c": "1 train, 0 val, 0 test"},
+        ),
+        (
+            {"by": "user_fraction", "validation": 0.2, "test": 0.4},
+            {"a": "4 train, 2 val, 4 test", "b": "2 train, 1 val, 2 test", "c": "0 train, 1 val, 0 test"},
+        ),
+        (
+            {"by": "time_fraction", "validation": 0.125, "test": 0.25},
+            {"a": "10 train, 0 val, 0 test", "b": "0 train, 2 val, 3 test", "c": "0 train, 0 val, 1 test"},
+        ),
+        (
+            {"by": "date", "validation_from": "2020-09-13T12:26:45Z", "test_from": "2020-09-13T12:28:22"},
+            {"a": "5 train, 5 val, 0 test", "b": "0 train, 2 val, 3 test", "c": "0 train, 0 val, 1 test"},
+        ),
+        (
+            {"by": "leave_one_out"},
+            {"a": "8 train, 1 val, 1 test", "b": "3 train, 1 val, 1 test", "c": "0 train, 0 val, 1 test"},
+        ),
+    ],
+)
+def test_split_gives_the_expected_shares(prepare_log: Make, split: dict[str, Any], expected: dict[str, str]) -> None:
+    found = splits(prepare_log(A + B + C, split=split))
+    assert {u: ", ".join(f"{s.count(n)} {n}" for n in ("train", "val", "test")) for u, s in found.items()} == expected
+    for parts in found.values():
+        assert parts == sorted(parts, key=["train", "val", "test"].index)
+
+
+def test_account_of_the_split_adds_up(prepare_log: Make) -> None:
+    account = prepare_log(A + B + C, split={"by": "user_fraction"}).manifest["account"]
+    assert account["splits"] == {
+        "train": {"impressions": 13, "positives": 6},
+        "validation": {"impressions": 2, "positives": 0},
+        "test": {"impressions": 1, "positives": 1},
+    }
+    assert (account["users"], account["history_events"], account["unused"]) == (3, 16, 0)
+    assert (account["first_time"], account["last_time"]) == (T * US, (T + 200) * US)
+
+
+@pytest.mark.parametrize("by", ["user_fraction", "time_fraction", "date", "leave_one_out"])
+def test_a_list_is_never_split(prepare_log: Make, by: str) -> None:
+    """Lists of 4 whose rows are 3 s apart and overlap the next list's: every cut falls inside one."""
+    rows = [
+        {"user_id": u, "item_id": f"i{k}", "timestamp": T + 5 * page + 3 * k, "clicked": int(k == 1), "page": page}
+        for u in ("a", "b")
+        for page in range(9)
+        for k in range(4)
+    ]
+    dates = {"validation_from": "2020-09-13T12:27:02Z", "test_from": "2020-09-13T12:27:11Z"}
+    cut = dates if by == "date" else {"validation": 0.2, "test": 0.2}
+    prepared = prepare_log(rows, columns={"label": "clicked", "request": ["page"]}, split={"by": by, **cut})
+    for row in users(prepared).values():
+        lists: dict[int, set[tuple[int, int]]] = {}
+        for request, part, time in zip(row["t_request"], row["t_split"], row["t_time"], strict=True):
+            lists.setdefault(request, set()).add((part, time))
+        assert len(lists) == 9
+        assert all(len(found) == 1 for found in lists.values()), "a list has one split and one time"
+        assert {TRAIN, VALIDATION, TEST} == set(row["t_split"])
+        assert row["t_split"] == sorted(row["t_split"])
+        assert sorted(t for ((_, t),) in lists.values()) == [(T + 5 * page) * US for page in range(9)]
+
+
+def test_leave_one_out_leaves_out_whole_lists(prepare_log: Make) -> None:
+    rows = [
+        {"user_id": "a", "item_id": f"i{k}", "timestamp": T + 9 * page, "clicked": int(k == 1), "page": page}
+        for page, size in enumerate([3, 1, 4, 2])
+        for k in range(size)
+    ]
+    prepared = prepare_log(rows, columns={"label": "clicked", "request": ["page"]}, split={"by": "leave_one_out"})
+    assert splits(prepared)["a"] == ["train"] * 4 + ["val"] * 4 + ["test"] * 2
+
+
+# What an impression may see.
+
+
+def test_visible_counts_strictly_earlier_events(prepare_log: Make) -> None:
+    times = [0, 0, 5, 5, 5, 7, 9, 9, 12, 12]
+    rows = [{"user_id": "a", "item_id": f"i{k}", "timestamp": T + t, "clicked": k % 2} for k, t in enumerate(times)]
+    row = users(prepare_log(rows, split={"by": "user_fraction"}))["a"]
+    expected = [0, 0, 2, 2, 2, 5, 6, 6, 8, 8]
+    assert row["h_time"] == row["t_time"] == [(T + t) * US for t in times]
+    assert row["h_visible"] == row["t_visible"] == expected
+
+
+def test_the_order_column_never_makes_the_same_second_visible(prepare_log: Make) -> None:
+    rows = [
+        {"user_id": "a", "item_id": f"i{k}", "timestamp": T + k // 4, "clicked": k % 2, "step": 100 - k}
+        for k in range(20)
+    ]
+    prepared = prepare_log(rows, columns={"label": "clicked", "order": "step"}, split={"by": "user_fraction"})
+    row = users(prepared)["a"]
+    assert row["h_visible"] == [k - k % 4 for k in range(20)]
+    within = [k - k % 4 + 3 - k % 4 for k in range(20)]
+    assert row["t_label"] == [k % 2 for k in within], "equal times are ordered by the column"
+
+
+def test_a_lists_own_click_is_never_in_its_history(prepare_log: Make) -> None:
+    """The list's rows differ in time; its click, and what happened between its rows, stay unseen."""
+    filler = one_user(20, "z")
+    view = {"user_id": "a", "clicked": None, "page": None}
+    shown = {"user_id": "a", "page": "p"}
+    rows = [
+        *(r | {"page": None} for r in filler),
+        view | {"item_id": "i0", "timestamp": T + 9},
+        view | {"item_id": "i1", "timestamp": T + 11},
+        shown | {"item_id": "i0", "timestamp": T + 14, "clicked": 0},
+        shown | {"item_id": "i1", "timestamp": T + 12, "clicked": 1},
+        shown | {"item_id": "i2", "timestamp": T + 10, "clicked": 0},
+        view | {"item_id": "i2", "timestamp": T + 20},
+        {"user_id": "a", "page": "q", "item_id": "i2", "timestamp": T + 30, "clicked": 1},
+    ]
+    history = [[{"column": "clicked", "op": "is_null"}], [{"column": "clicked", "value": 1}]]
+    prepared = prepare_log(rows, columns={"label": "clicked", "request": ["page"]}, history=history)
+    row = users(prepared)["a"]
+    assert [(t - T * US) // US for t in row["h_time"]] == [9, 11, 12, 20, 30]
+    assert [(t - T * US) // US for t in row["t_time"]] == [10, 10, 10, 30]
+    assert row["t_visible"] == [1, 1, 1, 4]
+    assert row["t_request"][0] == row["t_request"][1] == row["t_request"][2] != row["t_request"][3]
+
+
+# What training knows.
+
+LATE = [
+    *one_user(16, "a"),
+    {"user_id": "a", "item_id": "i0", "timestamp": T + 50, "clicked": 0},
+    {"user_id": "a", "item_id": "late", "timestamp": T + 60, "clicked": 1},
+    {"user_id": "a", "item_id": "later", "timestamp": T + 70, "clicked": 1},
+    {"user_id": "a", "item_id": "later", "timestamp": T + 80, "clicked": 1},
+]
+
+
+@pytest.mark.parametrize("by", ["time_fraction", "user_fraction"])
+def test_items_of_held_out_time_are_out_of_vocabulary(prepare_log: Make, by: str) -> None:
+    prepared = prepare_log(LATE, split={"by": by}, vocabulary={"oov_buckets": 5})
+    items = prepared.vocabulary().items.to_pylist()
+    assert items == [
+        {"value": "i0", "count": 6, "shown": 6, "clicked": 3},
+        {"value": "i1", "count": 5, "shown": 5, "clicked": 3},
+        {"value": "i2", "count": 5, "shown": 5, "clicked": 2},
+    ]
+    row = users(prepared)["a"]
+    assert item_names(prepared, row["h_item"])[-4:] == ["i0", "?", "?", "?"]
+    assert item_names(prepared, row["t_item"])[-4:] == ["i0", "?", "?", "?"]
+    late, later, again = row["h_item"][-3:]
+    assert later == again
+    assert all(FIRST_OOV <= index < FIRST_OOV + 5 for index in (late, later))
+    assert row["n_train"] == 16
+    assert row["train_end"] == (T + 50) * US
+
+
+def test_popularity_does_not_depend_on_the_future(prepare_log: Make) -> None:
+    """Ten thousand later clicks change neither vocabulary, statistics nor what training reads."""
+    more = {"user_id": "a", "item_id": "later", "clicked": 1}
+    future = [more | {"timestamp": T + 100 + k} for k in range(200)]
+    dates = {"by": "date", "validation_from": "2020-09-13T12:27:20Z", "test_from": "2020-09-13T12:27:41Z"}
+    few = prepare_log(LATE, split=dates)
+    many = prepare_log(LATE + future, name="future", split=dates)
+    assert few.vocabulary().items.equals(many.vocabulary().items)
+    assert few.folder.read("vocabulary.json") == many.folder.read("vocabulary.json")
+    past, all_ = users(few)["a"], users(many)["a"]
+    for name, values in past.items():
+        assert (all_[name][: len(values)] if isinstance(values, list) else all_[name]) == values
+
+
+def test_vocabulary_keeps_the_frequent(prepare_log: Make) -> None:
+    assert vocabulary(prepare_log(LATE, vocabulary={"min_count": 6})) == ["i0"]
+    assert vocabulary(prepare_log(LATE, vocabulary={"max_items": 2})) == ["i0", "i1"]
+
+
+def test_statistics_come_from_training_only(prepare_log: Make) -> None:
+    rows = [
+        r | {"price": 1000.0 if k >= 16 else [2.0, 4.0, None, 6.0][k % 4], "shop": "new" if k >= 16 else f"s{k % 2}"}
+        for k, r in enumerate(LATE)
+    ]
+    features = [
+        {"name": "price", "column": "price", "role": "candidate", "kind": "numeric"},
+        {"name": "shop", "column": "shop", "role": "candidate"},
+    ]
+    prepared = prepare_log(rows, features=features)
+    known = prepared.vocabulary()
+    mean, sd = known.moments["feature:price"]
+    assert (mean, sd) == pytest.approx((4.0, (8 / 3) ** 0.5))
+    assert list(known.categories["feature:shop"]) == ["s0", "s1"]
+    row = users(prepared)["a"]
+    expected = [(p - 4) / sd if p else np.nan for p in [2.0, 4.0, None, 6.0]] * 4 + [5.0] * 4
+    np.testing.assert_allclose(row["t_num"], expected, rtol=1e-6)
+    assert row["t_cat"] == [2, 3] * 8 + [1] * 4
+
+
+# Same log, other form.
+
+
+@pytest.mark.parametrize("format", ["csv", "jsonl", "csv.gz", "jsonl.gz"])
+def test_formats_give_equal_timelines(prepare_log: Make, write_log: Make, format: str) -> None:
+    rows, (plain, _, packed) = busy_log(), format.partition(".")
+    rows["timestamp"] = [float(t) + 0.25 for t in rows["timestamp"]]
+    settings = BUSY | {"columns": BUSY["columns"] | {"request": ["page"]}}
+    expected = prepare_log(rows, "parquet", **settings)
+    written: Any = Path(write_log(rows, plain)).read_bytes()
+    got = prepare_log(gzip.compress(written) if packed else written, format, **settings)
+    assert got.manifest["account"] == expected.manifest["account"]
+    assert content(got) == content(expected)
+
+
+@pytest.mark.parametrize("format", ["csv", "jsonl"])
+def test_one_broken_line_does_not_change_the_others(prepare_log: Make, write_log: Make, format: str) -> None:
+    rows = busy_log()
+    expected = prepare_log(rows, format, **BUSY)
+    broken = Path(write_log(rows, format)).read_bytes() + b'{"user_id"\n'
+    assert content(prepare_log(broken, format, name="broken", **BUSY)) == content(expected)
+
+
+@pytest.mark.parametrize("format", ["csv", "jsonl", "parquet"])
+def test_boolean_labels_are_labels_in_every_format(prepare_log: Make, log: Make, format: str) -> None:
+    rows = log()
+    expected = prepare_log(rows, name="numbers")
+    got = prepare_log(rows | {"clicked": [bool(c) for c in rows["clicked"]]}, format)
+    assert content(got) == content(expected)
+
+
+def test_several_files_are_one_log(prepare_log: Make, write_log: Make, config: Make, tmp_path: Path) -> None:
+    rows = busy_log()
+    expected = prepare_log(rows, **BUSY)
+    write_log(permuted(rows, range(0, 100)), "parquet", "logs/day=1/part")
+    write_log(permuted(rows, range(100, 101)), "csv", "logs/day=2/part")
+    write_log(permuted(rows, range(101, 240)), "jsonl", "logs/day=2/part")
+    write_log(b"not read", "csv", "logs/_temporary/part")
+    folder = str(tmp_path / "logs")
+    for path in (folder, folder + "/day=*/p*", [folder + "/day=1", folder + "/day=2", folder]):
+        got = prepare(config(data={"path": path, **BUSY}), in_process, print)
+        assert len(got.manifest["inputs"]) == 3
+        assert content(got) == content(expected)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_shuffled_rows_give_byte_equal_timelines(prepare_log: Make, seed: int) -> None:
+    rows = busy_log()
+    expected = prepare_log(rows, **BUSY)
+    order = np.random.default_rng(seed).permutation(240)
+    shuffled = prepare_log(permuted(rows, order), name="shuffled", **BUSY)
+    assert shuffled.folder != expected.folder
+    assert content(shuffled) == content(expected)
+
+
+def test_duplicated_log_is_the_log(prepare_log: Make) -> None:
+    rows = busy_log()
+    expected = prepare_log(rows, **BUSY)
+    account = expected.manifest["account"]
+    twice = prepare_log({name: values * 2 for name, values in rows.items()}, name="twice", **BUSY)
+    assert content(twice) == content(expected)
+    assert twice.manifest["account"] == account | {"rows_in": 480, "duplicates": account["duplicates"] + 240}
+
+
+def test_rows_that_differ_in_one_mapped_value_are_no_duplicates(prepare_log: Make, log: Make) -> None:
+    rows = log() | {"event": ["view"] * 50, "city": ["x"] * 50, "unmapped": list(range(50))}
+    base = {name: values[0] for name, values in rows.items()}
+    for change in ({}, {"unmapped": 99}, {"event": "cart"}, {"city": "y"}, {"clicked": 1}, {"city": None}):
+        for name, value in (base | change).items():
+            rows[name].append(value)
+    settings = {"columns": {"label": "clicked", "action": "event"}, "features": [BUSY["features"][1]]}
+    assert prepare_log(rows, **settings).manifest["account"]["duplicates"] == 2
+
+
+def test_many_buckets_hold_the_same_users(prepare_log: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = busy_log()
+    expected = prepare_log(rows, **BUSY)
+    monkeypatch.setattr(preparation, "BUCKET_ROWS", 200)
+    got = prepare_log(rows, name="again", **BUSY)
+    assert expected.buckets == 1 < got.buckets
+    assert got.folder.read("vocabulary.parquet") == expected.folder.read("vocabulary.parquet")
+    one, many = users(expected), users(got)
+    numbered = "t_request"
+    for user, row in one.items():
+        same = [name for name in row if name not in (numbered, "t_num", "h_num")]
+        assert {name: row[name] for name in same} == {name: many[user][name] for name in same}
+        for name in ("t_num", "h_num"):
+            np.testing.assert_allclose(row[name], many[user][name], rtol=1e-5)
+        assert [row[numbered].index(r) for r in row[numbered]] == [many[user][numbered].index(r) for r in many[user][numbered]]
+
+
+# Reuse.
+
+
+def test_reuse_says_so(
+    prepare_log: Make, config: Make, log: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = prepare_log(log())
+    assert "reusing" not in capsys.readouterr().out
+    again = prepare(config(data={"path": str(tmp_path / "log.parquet")}), in_process, print)
+    assert f"inputs and settings unchanged, reusing {first.folder.uri}" in capsys.readouterr().out
+    assert again.folder == first.folder
+    assert again.manifest == first.manifest
+
+
+@pytest.mark.parametrize("change", ["content", "settings", "more files"])
+def test_a_changed_input_is_noticed(
+    prepare_log: Make, write_log: Make, config: Make, log: Make, tmp_path: Path, change: str
+) -> None:
+    rows = log()
+    write_log(rows, name="logs/a")
+    first = prepare(config(data={"path": str(tmp_path / "logs")}), in_process, print)
+    settings: dict[str, Any] = {}
+    if change == "content":
+        write_log(rows | {"clicked": [1 - c for c in rows["clicked"]]}, name="logs/a")
+    elif change == "settings":
+        settings = {"vocabulary": {"min_count": 2}}
+    else:
+        write_log(rows | {"user_id": ["new"] * 50}, name="logs/b")
+    second = prepare(config(data={"path": str(tmp_path / "logs"), **settings}), in_process, print)
+    assert second.folder != first.folder
+    assert content(second) != content(first) or change == "settings"
+
+
+# Times.
+
+
+def as_text(micros: int) -> str:
+    return str(np.datetime64(micros, "us")) + "Z"
+
+
+@pytest.mark.parametrize("format", ["parquet", "csv", "jsonl"])
+@pytest.mark.parametrize(
+    ("unit", "convert"),
+    [
+        ("s", lambda t: pa.array([x / US for x in t])),
+        ("ms", lambda t: pa.array([x // 1000 for x in t])),
+        ("us", lambda t: pa.array(t)),
+        ("ns", lambda t: pa.array([x * 1000 + 999 for x in t])),
+        ("ns", lambda t: pa.array(t, pa.timestamp("us"))),
+        ("s", lambda t: pa.array([x * 1000 + 999 for x in t], pa.timestamp("ns"))),
+        ("s", lambda t: pa.array([x // 1000 for x in t], pa.timestamp("ms", "Europe/Warsaw"))),
+        ("s", lambda t: pa.array([as_text(x) for x in t])),
+        ("s", lambda t: pa.array([as_text(x).replace("T", " ").replace("Z", "+00:00") for x in t])),
+    ],
+)
+def test_time_units_agree(prepare_log: Make, log: Make, format: str, unit: str, convert: Make) -> None:
+    rows = log()
+    micros = [t * US + 120_000 for t in rows["timestamp"]]
+    expected = prepare_log(rows | {"timestamp": micros}, name="expected", time_unit="us")
+    table = pa.table(rows | {"timestamp": convert(micros)})
+    if format == "jsonl" and pa.types.is_timestamp(table.column("timestamp").type):
+        table = table.set_column(2, "timestamp", pa.array([as_text(x) for x in micros]))
+    got = prepare_log(table, format, time_unit=unit)
+    assert users(got)["u0"]["h_time"] == users(expected)["u0"]["h_time"] == micros[::5]
+    assert content(got) == content(expected)
+
+
+# Rules and features.
+
+
+def test_trivago_rules_make_history_of_engagements_and_clicks(prepare_log: Make, root: Path) -> None:
+    settings = yaml.safe_load((root / "jobs/configs/trivago.yaml").read_text())["data"]
+    names = ["item_id", "timestamp", "event_type", "is_impression", "label", "step", "session_id"]
+    events = [
+        # item, time, event type, impression, label, step, session
+        ("i1", 0, "search", False, None, 1, "s1"),
+        ("i2", 5, "image", False, None, 2, "s1"),
+        ("i1", 9, "impression", True, 0, 3, "s1"),
+        ("i2", 9, "impression", True, 1, 3, "s1"),
+        ("i3", 9, "impression", True, 0, 3, "s1"),
+        ("i3", 20, "image", False, 1, 4, "s1"),
+        ("i3", 30, "impression", True, 1, 5, "s1"),
+        ("i1", 30, "impression", True, 0, 5, "s1"),
+        ("i9", 40, "impression", True, None, 6, "s1"),
+    ]
+    rest = {"device": "mobile", "platform": "PL", "city": "c", "position": 1, "price": 80.0}
+    rows = [dict(zip(names, e, strict=True)) | rest | {"user_id": "a"} for e in events]
+    rows = [r | {"timestamp": T + r["timestamp"]} for r in rows]
+    filler = rows[0] | {"is_impression": True, "event_type": "impression", "session_id": "s2", "item_id": "f"}
+    rows += [filler | {"user_id": "z", "timestamp": T + k, "step": k, "label": k % 2} for k in range(200)]
+    split = {"by": "date", "validation_from": "2020-09-13T12:29:00Z", "test_from": "2020-09-13T12:29:10Z"}
+    prepared = prepare_log(rows, **settings | {"vocabulary": {"min_count": 1}, "split": split})
+    row = users(prepared)["a"]
+    assert item_names(prepared, row["h_item"]) == ["i1", "i2", "i2", "i3", "i3"]
+    assert [t // US - T for t in row["h_time"]] == [0, 5, 9, 20, 30]
+    shown = sorted(zip(row["t_time"], item_names(prepared, row["t_item"]), row["t_label"], row["t_visible"], strict=True))
+    assert [(t // US - T, *more) for t, *more in shown] == [
+        (9, "i1", 0, 2),
+        (9, "i2", 1, 2),
+        (9, "i3", 0, 2),
+        (30, "i1", 0, 4),
+        (30, "i3", 1, 4),
+    ]
+    assert prepared.manifest["account"]["unused"] == 1
+
+
+@pytest.mark.parametrize("format", ["parquet", "csv", "jsonl"])
+@pytest.mark.parametrize(
+    ("rule", "kept"),
+    [
+        ({"column": "event", "value": "view"}, [0, 1, 5]),
+        ({"column": "event", "op": "!=", "value": "view"}, [2, 4]),
+        ({"column": "event", "op": "in", "value": ["cart", "buy"]}, [2, 4]),
+        ({"column": "event", "op": "not_in", "value": ["cart", "view"]}, [4]),
+        ({"column": "event", "op": "is_null"}, [3]),
+        ({"column": "event", "op": "not_null"}, [0, 1, 2, 4, 5]),
+        ({"column": "stay", "op": ">=", "value": 20}, [2, 3, 4]),
+        ({"column": "stay", "op": "<", "value": 10.5}, [0, 1]),
+        ({"column": "stay", "op": "in", "value": [0, 40]}, [0, 4]),
+        ({"column": "stay", "op": "not_in", "value": [0, 40]}, [1, 2, 3]),
+        ({"column": "seen", "value": True}, [0, 2, 4]),
+        ({"column": "seen", "op": "!=", "value": True}, [1, 3, 5]),
+    ],
+)
+def test_rules_choose_the_history(
+    prepare_log: Make, format: str, rule: dict[str, Any], kept: list[int]
+) -> None:
+    """A comparison with null is false, whatever the operator."""
+    events, stays = ["view", "view", "cart", None, "buy", "view"], [0, 10, 20, 30, 40, None]
+    rows = [
+        {"user_id": "a", "item_id": f"i{k}", "timestamp": T + k, "clicked": k % 2,
+         "event": events[k], "stay": stays[k], "seen": k % 2 == 0}
+        for k in range(6)
+    ]  # fmt: skip
+    split = {"by": "date", "validation_from": "2020-09-13T12:26:44Z", "test_from": "2020-09-13T12:26:45Z"}
+    row = users(prepare_log(rows, format, history=[[rule]], split=split))["a"]
+    assert [t // US - T for t in row["h_time"]] == kept
+    assert len(row["t_item"]) == 6
+
+
+def test_features_reach_the_streams_of_their_role(prepare_log: Make, log: Make) -> None:
+    roles = ["item", "event", "user", "candidate"]
+    features = [{"name": f"{r}_cat", "column": f"{r}_c", "role": r} for r in roles]
+    features += [{"name": f"{r}_num", "column": f"{r}_n", "role": r, "kind": "numeric"} for r in roles]
+    rows = log(users=1, events=40)
+    for r in roles:
+        rows[f"{r}_c"] = [f"{r}{k % 2}" for k in range(40)]
+        rows[f"{r}_n"] = [float(k % 2) + 10 * roles.index(r) for k in range(40)]
+    rows["candidate_c"][5] = None
+    prepared = prepare_log(rows, features=features)
+    assert prepared.manifest["features"] == {
+        "h_cat": ["item_cat", "event_cat", "user_cat"],
+        "h_num": ["item_num", "event_num", "user_num"],
+        "t_cat": ["item_cat", "user_cat", "candidate_cat"],
+        "t_num": ["item_num", "user_num", "candidate_num"],
+    }
+    row = users(prepared)["u0"]
+    even = {k: 2 + k % 2 for k in range(40)}
+    assert np.reshape(row["h_cat"], (40, 3)).tolist() == [[even[k]] * 3 for k in range(40)]
+    candidate = [2 if k % 2 == 0 else 3 for k in range(40)]
+    assert np.reshape(row["t_cat"], (40, 3))[:, :2].tolist() == [[even[k]] * 2 for k in range(40)]
+    assert (np.reshape(row["t_cat"], (40, 3))[:, 2] == candidate).sum() == 39
+    assert row["t_cat"][5 * 3 + 2] == 0
+    for name in ("h_num", "t_num"):
+        np.testing.assert_allclose(np.reshape(row[name], (40, 3)), [[2.0 * (k % 2) - 1] * 3 for k in range(40)])
+
+
+def test_the_label_is_part_of_the_action(prepare_log: Make, log: Make) -> None:
+    rows = log() | {"event": ["view", "view", "cart"] * 16 + ["view"] * 2}
+    prepared = prepare_log(rows, columns={"label": "clicked", "action": "event"})
+    words = list(prepared.vocabulary().categories["action"])
+    assert sorted(words) == ["cart|0", "cart|1", "view|0", "view|1"]
+    row = users(prepared)["u0"]
+    events, labels = rows["event"][::5], rows["clicked"][::5]
+    assert [words[a - 2] for a in row["h_action"]] == [f"{e}|{c}" for e, c in zip(events, labels, strict=True)]
+
+
+def test_rows_no_rule_uses_are_counted(prepare_log: Make, log: Make) -> None:
+    rows = log() | {"event": ["view", "noise"] * 25, "clicked": [k // 2 % 2 for k in range(50)]}
+    view = [[{"column": "event", "value": "view"}]]
+    account = prepare_log(rows, impressions=view, history=view).manifest["account"]
+    assert (account["kept"], account["unused"], account["history_events"]) == (50, 25, 25)
+
+
+# Real logs.
+
+
+def test_ml_100k_gives_its_known_counts(shared_data: Make, config: Make) -> None:
+    columns = {"label": "rating", "action": "rating"}
+    settings = {"label_rule": {"op": ">=", "value": 4}, "split": {"by": "user_fraction"}, "columns": columns}
+    prepared = prepare(config(data={"path": shared_data("ml-100k.parquet"), **settings}), in_process, print)
+    account = prepared.manifest["account"]
+    assert (account["rows_in"], account["kept"], account["users"]) == (100_000, 100_000, 943)
+    assert sum(part["positives"] for part in account["splits"].values()) == 55_375
+    assert account["splits"]["test"]["impressions"] == pytest.approx(10_000, rel=0.01)
+
+
+def test_trivago_lists_never_see_their_own_click(shared_data: Make, config: Make, root: Path) -> None:
+    settings = yaml.safe_load((root / "jobs/configs/trivago.yaml").read_text())["data"]
+    path = shared_data("trivago.parquet")
+    prepared = prepare(config(data={"path": path, **settings}), in_process, print)
+    account = prepared.manifest["account"]
+    assert account["rows_in"] == pq.read_metadata(path).num_rows == 235_943
+    assert sum(part["impressions"] for part in account["splits"].values()) == 190_344 - _duplicates(path)
+    for row in users(prepared).values():
+        times = np.array(row["h_time"], np.int64)
+        assert row["t_visible"] == np.searchsorted(times, row["t_time"], side="left").tolist()
+
+
+def _duplicates(path: str) -> int:
+    """Impressions that repeat another in every column the configuration reads."""
+    names = ["user_id", "item_id", "timestamp", "label", "event_type", "session_id", "step", "position", "price",
+             "device", "platform", "city", "is_impression"]  # fmt: skip
+    frame: pd.DataFrame = pq.read_table(path, columns=names).to_pandas()
+    return int(frame[frame["is_impression"]].duplicated().sum())
+
+
+def test_hashes_do_not_depend_on_the_others(log: Make) -> None:
+    """Bucket and order of a row come from its own text alone."""
+    words = [f"w{k}" for k in range(50)] + [None]
+    together = hash_text(pa.array(words))
+    alone = [hash_text(pa.array([w], pa.string()))[0] for w in words]
+    assert together.tolist() == [int(h) for h in alone]
+    assert len(set(alone)) == 51
