@@ -86,7 +86,7 @@ def _ranks(model: MaskedItemModel, x: Inputs, filter_seen: bool) -> tuple[Array,
     logits = model.catalogue_logits(model.encode(x)[rows, last]).float()
     size, truth = logits.shape[1], x.h_item[rows, last] - model.first_item
     known, target = truth >= 0, truth.clamp(min=0)
-    past = torch.where(x.c_real, x.c_item - model.first_item, -1)
+    past = torch.where(x.c_real, x.c_item - model.first_item, -1).clamp(min=-1)
     seen = ((past == truth[:, None]) & (past >= 0)).any(1)
     wanted = logits.gather(1, target[:, None])
     if filter_seen:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from hpgr.data.validation import CONTENT, ITEM_HASH, USER_HASH
 from hpgr.schema import ORDER, TIME, USER, Array, Ints
@@ -18,7 +19,7 @@ def order_rows(table: pa.Table) -> tuple[pa.Table, int]:
     """Sort one bucket's canonical rows and drop exact duplicates; returns the table and how many were dropped."""
     if not table.num_rows:
         return table, 0
-    keys = [user_codes(table)]
+    keys = [_rank_users(table)]
     keys += [table.column(name).to_numpy() for name in (TIME, ORDER, ITEM_HASH, CONTENT)]
     rank = np.lexsort(keys[::-1])
     same = np.ones(len(rank), bool)
@@ -29,16 +30,28 @@ def order_rows(table: pa.Table) -> tuple[pa.Table, int]:
     return table.take(pa.array(rank[~same])), int(same.sum())
 
 
-def user_codes(table: pa.Table) -> Ints:
-    """Number of each row's user in the order of (hash, id): [rows]. Ids decide, so a hash collision is harmless."""
+def _rank_users(table: pa.Table) -> Ints:
+    """Rank of each row's user by (hash, id): [rows]. Ids decide, so a hash collision is harmless."""
     encoded = table.column(USER).combine_chunks().dictionary_encode()
     codes = encoded.indices.to_numpy()
-    ids = encoded.dictionary.to_numpy(zero_copy_only=False).astype(str)
-    hashes = np.zeros(len(ids), np.uint64)
+    hashes = np.zeros(len(encoded.dictionary), np.uint64)
     hashes[codes] = table.column(USER_HASH).to_numpy()
-    rank = np.empty(len(ids), np.int64)
-    rank[np.lexsort((ids, hashes))] = np.arange(len(ids))
+    order = np.argsort(hashes, kind="stable")
+    if (np.diff(hashes[order]) == 0).any():
+        ids = encoded.dictionary.to_pylist()
+        order = np.array(sorted(range(len(ids)), key=lambda i: (hashes[i], ids[i])))
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
     return rank[codes]
+
+
+def user_codes(table: pa.Table) -> Ints:
+    """Number of each row's user in an ordered bucket, from 0: [rows]."""
+    if not table.num_rows:
+        return np.zeros(0, np.int64)
+    user = table.column(USER).combine_chunks()
+    changes = pc.not_equal(user[1:], user[:-1]).to_numpy(zero_copy_only=False)
+    return np.concatenate([[0], np.cumsum(changes)]).astype(np.int64)
 
 
 def run_starts(*keys: Array) -> Ints:

@@ -21,8 +21,9 @@ def session_numbers(time: Ints, offsets: Ints, gap_minutes: float) -> Ints:
     new = starts_timeline[:-1].copy()
     new[1:] |= np.diff(time) > gap_minutes * 60 * SECOND
     running = np.cumsum(new)
-    first = np.repeat(running[np.minimum(offsets[:-1], len(time) - 1)] if len(time) else running, np.diff(offsets))
-    return np.asarray(running - first, np.int64)
+    lengths = np.diff(offsets)
+    first = running[offsets[:-1][lengths > 0]]
+    return np.asarray(running - np.repeat(first, lengths[lengths > 0]), np.int64)
 
 
 EDGES = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1 << 40]

@@ -44,6 +44,8 @@ def targets_of(table: pa.Table) -> Targets:
     user = user_codes(table)[row] if len(row) else np.zeros(0, np.int64)
     time = table.column(TIME).to_numpy()[row]
     request = table.column(REQUEST).to_numpy()[row]
+    if not request.any():  # the bucket's own order is already theirs
+        return Targets(row, user, time, request)
     alone = request == 0
     group = np.where(alone, row, request)
     by_list = np.lexsort((time, group, alone, user))

@@ -73,11 +73,15 @@ class MaskedItemModel(nn.Module):
         return state @ table.T + self.item_bias[self.first_item :]
 
     def _sampled_loss(self, state: Tensor, target: Tensor, negatives: Negatives) -> Tensor:
-        """Sampled softmax with logQ correction (Bengio & Senecal 2008); a positive is never its own negative."""
+        """Sampled softmax with logQ correction (Bengio & Senecal 2008); a positive is never its own negative.
+
+        The positive is always there, so it has no correction. The n draws stand for all other items, each with
+        weight 1 / (n q), so that their sum is expected to be the full softmax's.
+        """
         table, bias = self.events.item.weight, self.item_bias
-        log_q = negatives.log_q
-        positive = (state * table[target]).sum(-1) + bias[target] - log_q[target - self.first_item]
-        others = state @ table[negatives.items].T + bias[negatives.items] - log_q[negatives.items - self.first_item]
+        times_drawn = negatives.log_q[negatives.items - self.first_item] + math.log(len(negatives.items))
+        positive = (state * table[target]).sum(-1) + bias[target]
+        others = state @ table[negatives.items].T + bias[negatives.items] - times_drawn
         others = others.masked_fill(negatives.items == target[:, None], float("-inf"))
         logits = torch.cat([positive[:, None], others], 1).float()
         return F.cross_entropy(logits, torch.zeros_like(target), reduction="sum")

@@ -40,6 +40,8 @@ class Noise:
         size = max(POOL, 1 << (2 * row_places - 1).bit_length())
         generator = torch.Generator().manual_seed(seed & (2**63 - 1))
         self._pool = torch.rand(size, generator=generator).to(device)
+        # One range of starts for all shapes: a batch with less padding must read the same slices.
+        self._starts = np.uint64(size - row_places + 1)
         self._key = key.view(np.uint64) ^ np.uint64(seed & (2**63 - 1))
 
     def drop(self, x: Tensor, p: float, site: int) -> Tensor:
@@ -49,7 +51,7 @@ class Noise:
         rows, width = x.shape[0], x[0].numel()
         with np.errstate(over="ignore"):
             hashed = _mix(self._key + np.uint64(site + 1) * np.uint64(0x9E3779B97F4A7C15))
-        start = torch.from_numpy((hashed % np.uint64(len(self._pool) - width)).astype(np.int64)).to(x.device)
+        start = torch.from_numpy((hashed % self._starts).astype(np.int64)).to(x.device)
         keep = self._pool.unfold(0, width, 1)[start].view(rows, *x.shape[1:]) >= p
         return x * keep.to(x.dtype) * (1 / (1 - p))
 

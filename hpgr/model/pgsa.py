@@ -32,7 +32,9 @@ def select_anchors(query: Tensor, key: Tensor, visible: Tensor, top_k: int) -> t
         positions [B, Q, K] in the history and whether each is a real anchor (fewer may be visible).
     """
     with torch.no_grad():
-        ranked = sortable(query @ key.transpose(1, 2), visible)
+        # float64, rounded once by `sortable`: a float32 product may differ in its last bit with the column's place
+        # and the batch's shape, and bf16 autocast would make ties of near values; a repeated item must tie exactly.
+        ranked = sortable(query.double() @ key.double().transpose(1, 2), visible)
         best = ranked.topk(min(top_k, key.shape[1]), dim=-1).values
         return best & 0xFFFFFFFF, best != LOWEST
 
