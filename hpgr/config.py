@@ -179,7 +179,7 @@ class Stream(Section):
     """Longest history the model sees at once, in events."""
     stride: Count = 100
     """Long timelines are cut into windows this far apart; an impression sees window - stride events or more."""
-    batch_tokens: Count = 8192
+    batch_tokens: Count = 4096
     """Token budget of a global batch (padding counted, all workers together)."""
     group_tokens: Count = 4_000_000
     """Tokens shuffled together; bounds the memory of a data task."""

@@ -1,0 +1,96 @@
+"""What stage 2 takes over from stage 1, and its loss."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers_model import SIZES, inputs, random_batch, shaken, tiny
+from torch.nn import functional as F
+
+from hpgr.model.hpgr import ClickModel, MaskedItemModel
+
+
+def stage1(**over: object) -> dict[str, torch.Tensor]:
+    torch.manual_seed(4)
+    return dict(shaken(MaskedItemModel(tiny(**over), SIZES)).state_dict())
+
+
+def test_stage_2_takes_over_events_sem_and_the_frozen_table() -> None:
+    torch.manual_seed(0)
+    model = ClickModel(tiny(), SIZES)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    taken = stage1()
+    model.inherit(taken)
+    after = model.state_dict()
+    inherited = [k for k in after if k.startswith(("events.", "sem."))]
+    assert len(inherited) > 20
+    for name in inherited:
+        assert torch.equal(after[name], taken[name]), name
+        assert not torch.equal(after[name], before[name]), name
+    torch.testing.assert_close(model.anchor_table, F.normalize(taken["events.item.weight"], dim=-1))
+    for name in set(after) - set(inherited) - {"anchor_table"}:
+        assert torch.equal(after[name], before[name]), name
+
+
+def test_the_frozen_table_stays_while_the_live_one_is_trained() -> None:
+    model = ClickModel(tiny(), SIZES)
+    model.inherit(stage1())
+    frozen, live = model.anchor_table.clone(), model.events.item.weight.detach().clone()
+    optimiser = torch.optim.SGD(model.parameters(), lr=1.0)
+    model(inputs(random_batch())).loss.backward()
+    optimiser.step()
+    assert torch.equal(model.anchor_table, frozen)
+    assert not torch.equal(model.events.item.weight, live)
+    assert "anchor_table" in model.state_dict()
+
+
+def test_live_anchors_have_no_copy() -> None:
+    model = ClickModel(tiny(model={"pgsa": {"anchors": "live"}}), SIZES)
+    taken = stage1()
+    model.inherit(taken)
+    assert len(model.anchor_table) == 0
+    item = torch.arange(4, 9)
+    torch.testing.assert_close(model.anchor_vectors(item), F.normalize(taken["events.item.weight"][4:9], dim=-1))
+
+
+def test_a_model_without_sem_takes_over_the_events_alone() -> None:
+    model = ClickModel(tiny(model={"sem": {"in_stage2": False}}), SIZES)
+    taken = stage1()
+    model.inherit(taken)
+    assert torch.equal(model.events.item.weight, taken["events.item.weight"])
+    assert not [k for k in model.state_dict() if k.startswith("sem.")]
+
+
+def test_the_inherited_model_starts_as_if_there_were_no_sem() -> None:
+    """Both branches are gated from zero."""
+    x = inputs(random_batch())
+    taken, scores = stage1(), []
+    for in_stage2 in (True, False):
+        torch.manual_seed(0)
+        model = ClickModel(tiny(model={"sem": {"in_stage2": in_stage2}}), SIZES).eval()
+        model.inherit(taken)
+        scores.append(model.history(x, None))
+    assert torch.equal(*scores)
+
+
+def test_the_loss_is_the_sum_over_labelled_real_candidates() -> None:
+    batch = random_batch(3, 8, 4)
+    labels = np.where(np.arange(12) % 5 == 0, -1, batch.t_label).astype(np.int8)
+    model = shaken(ClickModel(tiny(), SIZES))
+    x = inputs(replace(batch, t_label=labels))
+    with torch.no_grad():
+        output = model(x)
+    p = torch.sigmoid(output.scores.double()).flatten()
+    terms = [-torch.log(p[i] if y else 1 - p[i]) for i, y in enumerate(labels.tolist()) if y >= 0]
+    assert int(output.terms) == len(terms) == 9
+    assert float(output.loss) == pytest.approx(float(sum(terms)), rel=1e-5)
+
+
+def test_an_untrained_model_predicts_the_base_rate_on_average() -> None:
+    model = ClickModel(tiny(), SIZES).eval()
+    with torch.no_grad():
+        p = torch.sigmoid(model(inputs(random_batch(20, 12, 5))).scores)
+    assert float(p.mean()) == pytest.approx(SIZES.base_rate, abs=0.1)

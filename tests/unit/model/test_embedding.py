@@ -1,0 +1,114 @@
+"""Tokens: what they show, time buckets, match features and padding."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers_model import SIZES, changed, inputs, random_batch, rows_of, shaken, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpgr.model.embedding import MATCH_COUNTS, EventEncoder, MatchFeatures
+from hpgr.model.inputs import unpad
+from hpgr.model.timing import LONGEST, time_before, time_bucket
+from hpgr.schema import SECOND
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(-(10**16), 10**16), min_size=2, max_size=50), st.sampled_from([4, 12, 40, 64]))
+def test_time_buckets_are_monotone_and_in_range(deltas: list[int], buckets: int) -> None:
+    got = time_bucket(torch.tensor(sorted(deltas)), buckets)
+    assert (got.diff() >= 0).all()
+    assert got.min() >= 0
+    assert got.max() < buckets
+
+
+def test_time_buckets_at_both_ends() -> None:
+    longest = int(LONGEST) * SECOND
+    got = time_bucket(torch.tensor([-5, 0, 1, 2 * longest, 10 * longest]), 40).tolist()
+    assert got == [0, 0, 0, 39, 39]
+    assert len(set(time_bucket(torch.tensor([SECOND * 4**k for k in range(14)]), 40).tolist())) == 14
+
+
+def test_time_before_is_that_of_the_last_visible_event() -> None:
+    h_time = torch.tensor([[10, 20, 20, 30]])
+    visible = torch.tensor([[0, 1, 3, 4]])
+    assert time_before(h_time, visible).tolist() == [[10, 10, 20, 30]]
+
+
+@pytest.fixture
+def encoder() -> EventEncoder:
+    torch.manual_seed(0)
+    built = shaken(EventEncoder(tiny().model, SIZES))
+    assert isinstance(built, EventEncoder)
+    return built
+
+
+@pytest.mark.parametrize("column", ["h_item", "h_action", "h_cat", "h_num"])
+def test_history_tokens_show_each_column(encoder: EventEncoder, column: str) -> None:
+    batch = random_batch(1, 6, 2)
+    batch = replace(batch, h_num=np.nan_to_num(batch.h_num))
+    before = encoder.history(inputs(batch), None)[0]
+    after = encoder.history(inputs(changed(batch, **{column: (2, (getattr(batch, column)[2] + 1) % 4)})), None)[0]
+    differs = (before != after).any(-1)
+    assert differs.tolist() == [False, False, True, False, False, False]
+
+
+@pytest.mark.parametrize("column", ["t_item", "t_cat", "t_num"])
+def test_candidate_tokens_show_each_column(encoder: EventEncoder, column: str) -> None:
+    batch = random_batch(1, 6, 3)
+    before = encoder.candidates(inputs(batch), None, 0.0)[0]
+    after = encoder.candidates(inputs(changed(batch, **{column: (1, (getattr(batch, column)[1] + 1) % 4)})), None, 0.0)[0]
+    assert (before != after).any(-1).tolist() == [False, True, False]
+
+
+def test_a_missing_number_has_a_vector_of_its_own(encoder: EventEncoder) -> None:
+    batch = random_batch(1, 3, 1)
+    tokens = [
+        encoder.history(inputs(changed(batch, h_num=(slice(None), value))), None) for value in (np.nan, 0.0, 1.0)
+    ]
+    assert all(t.isfinite().all() for t in tokens)
+    assert not torch.equal(tokens[0], tokens[1])
+    assert not torch.equal(tokens[1], tokens[2])
+
+
+def test_streams_share_the_tables_of_a_feature_they_both_show(encoder: EventEncoder) -> None:
+    assert sorted(encoder.features.tables) == ["f_colour", "f_device"]
+    encoder.zero_grad()
+    encoder.candidates(inputs(random_batch(2, 4, 3)), None, 0.0).square().sum().backward()
+    assert encoder.features.tables["f_device"].weight.grad is not None
+    assert encoder.features.tables["f_colour"].weight.grad is None
+
+
+def test_match_features_equal_the_loop() -> None:
+    """A count bucket (0, 1, then powers of two) and the age of the last match, from the visible past alone."""
+    match = MatchFeatures(tiny().model)
+    torch.nn.init.normal_(match.count.weight)
+    torch.nn.init.normal_(match.age.weight)
+    batch = random_batch(3, 40, 6, seed=1)
+    batch = replace(batch, h_item=4 + batch.h_item % 5, t_item=4 + batch.t_item % 6)
+    x = inputs(batch)
+    same = (x.c_item[..., None] == x.h_item[:, None, :]) & (x.h_time[:, None, :] < x.c_time[..., None])
+    got = match(x, same)
+    counts = set()
+    for b in range(3):
+        for m in range(6):
+            places = torch.nonzero(same[b, m]).flatten()
+            n = len(places)
+            counts.add(n)
+            count = min(int(np.ceil(np.log2(1 + n))), MATCH_COUNTS - 1)
+            age = 1 + int(time_bucket(x.c_time[b, m] - x.h_time[b, places[-1]], match.buckets)) if n else 0
+            torch.testing.assert_close(got[b, m], match.count.weight[count] + match.age.weight[age])
+    assert {0, 1} < counts
+
+
+def test_padding_goes_and_comes_back_in_row_order() -> None:
+    batch = random_batch(3, 5, 4)
+    picked = rows_of(batch, np.array([2, 0]))
+    x = inputs(picked)
+    assert unpad(x.c_time.double(), x.c_real).shape == (8,)
+    np.testing.assert_array_equal(unpad(x.c_item.float(), x.c_real), picked.t_item)
+    assert x.h_item.tolist() == picked.h_item.reshape(2, 5).tolist()

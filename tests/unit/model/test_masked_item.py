@@ -1,0 +1,103 @@
+"""Stage 1's loss: full and sampled softmax, and what counts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers_model import SIZES, inputs, random_batch, shaken, tiny
+from torch.nn import functional as F
+
+from hpgr.model.hpgr import MaskedItemModel, Negatives
+from hpgr.model.inputs import Inputs
+from hpgr.training.stages import MaskedItemStage
+
+CATALOGUE = SIZES.items - SIZES.first_item
+
+
+@pytest.fixture
+def model() -> MaskedItemModel:
+    torch.manual_seed(0)
+    built = shaken(MaskedItemModel(tiny(), SIZES))
+    assert isinstance(built, MaskedItemModel)
+    return built
+
+
+@pytest.fixture
+def x() -> Inputs:
+    batch = random_batch(4, 12, 1, seed=3)
+    return inputs(replace(batch, h_masked=np.arange(48) % 2 == 0))
+
+
+def test_the_full_loss_is_cross_entropy_over_known_hidden_items(model: MaskedItemModel, x: Inputs) -> None:
+    output = model(x)
+    hidden = x.h_masked & (x.h_item >= SIZES.first_item)
+    assert (x.h_masked & ~hidden).any(), "the batch should hide an unknown item too"
+    assert output.terms == hidden.sum()
+    logits = model.encode(x)[hidden] @ model.events.item.weight[4:].T + model.item_bias[4:]
+    expected = -F.log_softmax(logits, -1)[range(len(logits)), x.h_item[hidden] - 4].sum()
+    torch.testing.assert_close(output.loss, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_hidden_is_a_loss_of_zero_from_no_terms(model: MaskedItemModel, x: Inputs) -> None:
+    output = model(replace(x, h_masked=torch.zeros_like(x.h_masked)))
+    assert (float(output.loss.detach()), int(output.terms)) == (0.0, 0)
+    output.loss.backward()
+
+
+def test_every_item_drawn_once_evenly_is_the_full_softmax(model: MaskedItemModel, x: Inputs) -> None:
+    negatives = Negatives(torch.arange(4, SIZES.items), torch.full((CATALOGUE,), -np.log(CATALOGUE)))
+    torch.testing.assert_close(model(x, None, negatives).loss, model(x).loss, rtol=1e-5, atol=1e-5)
+
+
+def test_items_drawn_as_often_as_expected_are_the_full_softmax(model: MaskedItemModel, x: Inputs) -> None:
+    """Draws in exact proportion to an uneven q: the corrected sum over negatives is the true one, without error."""
+    times = torch.tensor(np.random.default_rng(0).integers(1, 9, CATALOGUE))
+    items = torch.arange(4, SIZES.items).repeat_interleave(times)
+    negatives = Negatives(items, (times / times.sum()).log())
+    torch.testing.assert_close(model(x, None, negatives).loss, model(x).loss, rtol=1e-5, atol=1e-5)
+
+
+def test_without_the_correction_uneven_draws_are_another_loss(model: MaskedItemModel, x: Inputs) -> None:
+    """The control: the test above notices a wrong logQ."""
+    times = torch.tensor(np.random.default_rng(0).integers(1, 9, CATALOGUE))
+    items = torch.arange(4, SIZES.items).repeat_interleave(times)
+    negatives = Negatives(items, torch.full((CATALOGUE,), -np.log(CATALOGUE)))
+    assert float(model(x, None, negatives).loss) != pytest.approx(float(model(x).loss), rel=1e-3)
+
+
+def test_many_random_draws_come_near_the_full_softmax(model: MaskedItemModel, x: Inputs) -> None:
+    q = np.random.default_rng(1).dirichlet(np.full(CATALOGUE, 2.0))
+    drawn = np.random.default_rng(2).choice(CATALOGUE, 40_000, p=q)
+    negatives = Negatives(torch.from_numpy(drawn + 4), torch.from_numpy(np.log(q)).float())
+    assert float(model(x, None, negatives).loss) == pytest.approx(float(model(x).loss), rel=0.02)
+
+
+def test_a_positive_is_never_its_own_negative(model: MaskedItemModel, x: Inputs) -> None:
+    """Only the positives drawn, again and again: nothing is left to push away, so the loss is zero."""
+    item = int(x.h_item[x.h_masked & (x.h_item >= 4)][0])
+    only = replace(x, h_masked=x.h_masked & (x.h_item == item))
+    log_q = torch.full((CATALOGUE,), -np.log(CATALOGUE))
+    assert float(model(only, None, Negatives(torch.full((50,), item), log_q)).loss) == 0.0
+    assert float(model(only, None, Negatives(torch.full((50,), 4 + (item - 3) % CATALOGUE), log_q)).loss) > 0
+
+
+def test_negatives_follow_popularity_and_the_step_alone() -> None:
+    counts = np.array([0.0] * 10 + [100.0] * 10)
+    config = tiny(stage1={"full_softmax_items": 5, "negatives": 4000})
+    stage = MaskedItemStage(config, SIZES, counts, None, None)  # type: ignore[arg-type]
+    first, again, other = (stage.extras(step, torch.device("cpu"))["negatives"] for step in (1, 1, 2))
+    assert torch.equal(first.items, again.items)
+    assert not torch.equal(first.items, other.items)
+    assert first.items.min() >= SIZES.first_item
+    assert first.items.max() < SIZES.items
+    assert float(first.log_q.exp().sum()) == pytest.approx(1)
+    rare = float((first.items < 14).double().mean())
+    assert rare == pytest.approx(10 / 1020, abs=0.01)
+
+
+def test_a_small_catalogue_uses_the_full_softmax() -> None:
+    stage = MaskedItemStage(tiny(), SIZES, np.ones(CATALOGUE), None, None)  # type: ignore[arg-type]
+    assert stage.extras(0, torch.device("cpu")) == {}
