@@ -9,7 +9,7 @@ import copy
 import difflib
 import json
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hpgr.errors import ConfigError
+from hpgr.schema import SECOND
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -25,8 +26,14 @@ Natural = Annotated[int, Field(ge=0)]
 Operator = Literal["==", "!=", ">=", ">", "<=", "<", "in", "not_in", "is_null", "not_null"]
 
 
+def utc_us(moment: datetime) -> int:
+    """Microseconds since 1970; UTC where no zone is given, whatever the machine's zone."""
+    return round((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * SECOND)
+
+
 class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values cannot change, strings are not numbers."""
+    """Base of all sections: unknown keys are errors, values cannot change. Text is read as a number where one
+    is expected, for YAML takes 1e-3 for text."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -92,7 +99,7 @@ class Split(Section):
         if self.by == "date":
             if None in dates:
                 raise ValueError("split by date needs validation_from and test_from")
-            if dates[0].timestamp() >= dates[1].timestamp():  # type: ignore[union-attr]
+            if utc_us(dates[0]) >= utc_us(dates[1]):  # type: ignore[arg-type]
                 raise ValueError(f"validation_from {dates[0]} must be before test_from {dates[1]}")
         elif dates != (None, None):
             raise ValueError(f"validation_from and test_from belong to split by date, got by={self.by}")
@@ -165,7 +172,7 @@ class Data(Section):
             raise ValueError(f"feature names must differ, got {names}")
         if self.label_rule and not self.columns.label:
             raise ValueError("label_rule needs columns.label, the column it is applied to")
-        if self.earliest.timestamp() >= self.latest.timestamp():
+        if utc_us(self.earliest) >= utc_us(self.latest):
             raise ValueError(f"earliest {self.earliest} must be before latest {self.latest}")
         if self.path is not None and self.columns.label is None:
             raise ValueError("columns.label is missing: stage 2 learns from labelled impressions")

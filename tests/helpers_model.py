@@ -261,3 +261,75 @@ def user_hash(names: list[str]) -> np.ndarray:
 
 
 logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+
+
+class Interrupted(Exception):
+    """What a test raises in the middle of training."""
+
+
+class FailingSource(LocalSource):
+    """Gives so many batches, of whatever stream, and then fails.
+
+    A plain subclass would be frozen; the counter is therefore a list.
+    """
+
+    def __init__(self, batches: int, kinds: tuple[str, ...] = ("steps",)) -> None:
+        super().__init__()
+        object.__setattr__(self, "left", [batches])
+        object.__setattr__(self, "kinds", kinds)
+
+    def steps(self, spec: Any, epochs: range, first_step: int) -> Any:
+        return self._counted(super().steps(spec, epochs, first_step), "steps")
+
+    def evaluation(self, spec: Any) -> Any:
+        return self._counted(super().evaluation(spec), "evaluation")
+
+    def _counted(self, steps: Any, kind: str) -> Any:
+        for step in steps:
+            if kind in self.kinds:  # type: ignore[attr-defined]
+                if not self.left[0]:  # type: ignore[attr-defined]
+                    raise Interrupted
+                self.left[0] -= 1  # type: ignore[attr-defined]
+            yield step
+
+
+class CountingSource(LocalSource):
+    """Remembers (kind of stream, epoch, step) of each training batch it gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        object.__setattr__(self, "given", [])
+
+    def steps(self, spec: Any, epochs: range, first_step: int) -> Any:
+        for step in super().steps(spec, epochs, first_step):
+            self.given.append((spec.kind, step.epoch, step.step))  # type: ignore[attr-defined]
+            yield step
+
+
+def weights(run: Run, stage: str) -> bytes:
+    """The best weights' file of a finished stage."""
+    folder = run.folder.sub(stage)
+    return folder.read(folder.read_json("done.json")["best_file"])
+
+
+def context_of(run: Run, stage: str, source: Any = None, say: Callable[[str], None] = quiet) -> Any:
+    from hpgr.training.two_stage import _context
+
+    return _context(run, worker(source, say), run.folder.sub(stage))
+
+
+def gloo_worker(rank: int, world: int, config: dict[str, Any], folder: str, meeting: str) -> None:
+    """What one of several processes does: join the others, train, write its figures beside the run."""
+    import torch.distributed as dist
+
+    from hpgr.training.two_stage import train
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+    try:
+        checked = validate(config)
+        run = Run(checked, Folder(folder), prepare(checked, in_process, quiet))
+        figures = train(run, worker(LocalSource(rank, world)))
+        run.folder.write_json(f"figures-{rank}.json", figures)
+    finally:
+        dist.destroy_process_group()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 import numpy as np
 import pyarrow as pa
 
-from hpgr.config import Split
+from hpgr.config import Split, utc_us
 from hpgr.data.ordering import run_starts, user_codes
 from hpgr.errors import DataError
 from hpgr.schema import IS_TARGET, REQUEST, SECOND, TEST, TIME, TRAIN, VALIDATION, Array, Ints
@@ -92,11 +91,7 @@ def date_cut_offs(split: Split) -> CutOffs:
     """Cut-offs of a split by date."""
     assert split.validation_from is not None
     assert split.test_from is not None
-    return CutOffs(_us(split.validation_from), _us(split.test_from))
-
-
-def _us(moment: datetime) -> int:
-    return round((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * SECOND)
+    return CutOffs(utc_us(split.validation_from), utc_us(split.test_from))
 
 
 def histogram(times: Ints, unit: int) -> dict[int, int]:

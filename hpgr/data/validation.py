@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hpgr.config import Data, Feature, Rule
+from hpgr.config import Data, Feature, Rule, utc_us
 from hpgr.data.hashing import U64, combine, hash_text, mix
 from hpgr.data.rules import Mask, any_group, columns_of, holds, to_number
 from hpgr.data.sources import RAW_LINE
@@ -148,14 +147,9 @@ def _times(column: pa.ChunkedArray, data: Data, reasons: npt.NDArray[np.object_]
     _mark(reasons, _nulls(column), "null time")
     micros, readable = _microseconds(column, data)
     _mark(reasons, ~readable, "unreadable time")
-    low, high = (_utc_us(t) for t in (data.earliest, data.latest))
+    low, high = utc_us(data.earliest), utc_us(data.latest)
     _mark(reasons, (micros < low) | (micros >= high), "time outside data.earliest and data.latest")
     return np.where(readable, micros, 0)
-
-
-def _utc_us(moment: datetime) -> int:
-    aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-    return round(aware.timestamp() * 1e6)
 
 
 def _microseconds(column: pa.ChunkedArray, data: Data) -> tuple[npt.NDArray[np.int64], Mask]:

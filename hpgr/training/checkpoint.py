@@ -42,10 +42,13 @@ def save(
     target.write_json(SEAL, {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()})
 
 
-def prune(folder: Folder, keep: int) -> None:
-    """Delete all but the last `keep` checkpoints."""
-    for name in folder.entries()[:-keep]:
-        folder.delete(name)
+def prune(folder: Folder, step: int, keep: int) -> None:
+    """Delete all but the last `keep` checkpoints up to the one just written; later ones, from before a resume, are torn."""
+    names = folder.entries()
+    kept = [name for name in names if name <= f"step-{step:08d}"][-keep:]
+    for name in names:
+        if name not in kept:
+            folder.delete(name)
 
 
 def latest(folder: Folder, say: Callable[[str], None]) -> str | None:
@@ -70,6 +73,8 @@ def load(folder: Folder, name: str, optimiser: torch.optim.Optimizer) -> tuple[d
 
 def _verified(folder: Folder) -> dict[str, bytes]:
     sums = folder.read_json(SEAL)
+    if not isinstance(sums, dict) or sums.keys() != {_MODEL, _OPTIMISER, _STATE}:
+        raise ArtifactError(f"{folder.uri}/{SEAL} does not name the checkpoint's files")
     contents = {name: folder.read(name) for name in sums}
     for name, content in contents.items():
         if hashlib.sha256(content).hexdigest() != sums[name]:

@@ -71,7 +71,7 @@ def fit(stage: Stage, context: Context) -> Progress:
     """Train a stage, or finish it from its last whole checkpoint; leaves the best weights in the model.
 
     Raises:
-        TrainingError: the loss is not finite (before the optimiser could spread it).
+        TrainingError: the loss or its gradient is not finite (before the optimiser could spread it).
     """
     return _Loop(stage, context).run()
 
@@ -167,20 +167,21 @@ class _Loop:
         real = float(step.real)
         sums = torch.stack([output.loss.detach().double() * real, output.terms.double() * real]).cpu()
         total, count = distributed.sum_over_workers(sums.to(self.context.device)).tolist()
-        self._check(total, step)
+        self._check("loss", total, step)
         # DDP averages over workers, so a sum divided once by the global count needs their number as factor.
         (output.loss * (real * distributed.world() / max(count, 1.0))).backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.stage.optimiser.clip_norm)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.stage.optimiser.clip_norm)
+        self._check("gradient's norm", float(norm), step)
         self.optimiser.step()
         self.schedule.step()
         self.optimiser.zero_grad(set_to_none=True)
         p.global_step += 1
         p.loss_sum, p.loss_count = p.loss_sum + total, p.loss_count + count
 
-    def _check(self, total: float, step: Step) -> None:
-        if not math.isfinite(total):
+    def _check(self, name: str, value: float, step: Step) -> None:
+        if not math.isfinite(value):
             raise TrainingError(
-                f"{self.stage.name}: the loss is {total} at epoch {step.epoch + 1}, step {step.step + 1} "
+                f"{self.stage.name}: the {name} is {value} at epoch {step.epoch + 1}, step {step.step + 1} "
                 f"(learning rate {self.schedule.get_last_lr()[0]:.2e}); the weights before this step are kept. "
                 "Lower the stage's optimiser.lr, or raise optimiser.warmup_steps"
             )
@@ -230,7 +231,7 @@ class _Loop:
         p = self.progress
         if distributed.rank() == 0:
             checkpoint.save(self.checkpoints, p.global_step, self._tensors(), self.optimiser, asdict(p))
-            checkpoint.prune(self.checkpoints, self.context.checkpoints.keep)
+            checkpoint.prune(self.checkpoints, p.global_step, self.context.checkpoints.keep)
 
     def _tensors(self) -> dict[str, Tensor]:
         return dict(self.model.state_dict())

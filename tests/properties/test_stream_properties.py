@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -73,7 +72,9 @@ def random_windows(seed: int, n: int, buckets: int = 3) -> Windows:
     rng = np.random.default_rng(seed)
     stop, t_stop = rng.integers(0, 50, n), rng.integers(1, 20, n)
     nothing, row = np.zeros(n, np.int64), np.arange(n)
-    return Windows(np.sort(rng.integers(0, buckets, n)), row, nothing, stop, nothing, t_stop, rng.permutation(n) - n // 2)
+    return Windows(
+        np.sort(rng.integers(0, buckets, n)), row, nothing, stop, nothing, t_stop, rng.permutation(n) - n // 2
+    )
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -203,7 +204,9 @@ def test_masks_do_not_depend_on_the_batch(log: list[Any], stream: Stream, random
         if not part:
             continue
         batch = assembler.batch(windows.take(np.array(part)), masking, targets=False)
-        for key, found in zip(batch.row_key.tolist(), np.split(batch.h_masked, np.cumsum(batch.h_lengths)[:-1]), strict=True):
+        for key, found in zip(
+            batch.row_key.tolist(), np.split(batch.h_masked, np.cumsum(batch.h_lengths)[:-1]), strict=True
+        ):
             assert found.tolist() == together[key].tolist()
         assert batch.causal.tolist() == [causal[key] for key in batch.row_key.tolist()]
         assert not batch.t_item.size
@@ -429,7 +432,7 @@ def test_mock_batch_is_a_batch() -> None:
 
 
 @pytest.fixture(scope="module")
-def log(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Config, Prepared]]:
+def log(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Prepared]:
     """A generated log in several buckets."""
     folder = tmp_path_factory.mktemp("stream")
     config = validate(
@@ -447,7 +450,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Config, Prep
         patch.setattr(preparation, "BUCKET_ROWS", 500)
         prepared = prepare(config, in_process, print)
     assert prepared.buckets >= 3
-    yield config, prepared
+    return config, prepared
 
 
 def spec_of(log: tuple[Config, Prepared], folder: Path, name: str) -> StreamSpec:
@@ -523,14 +526,10 @@ def test_evaluation_holds_every_impression_once(log: tuple[Config, Prepared], tm
     for split in ("validation", "test"):
         spec = spec_of(log, tmp_path, f"click-{split}")
         steps = [s for rank in range(3) for s in LocalSource(rank, 3).evaluation(spec) if s.real]
-        got = Counter(
-            (user, int(time), int(item), int(label))
-            for s in steps
-            for user, time, item, label in zip(
-                np.repeat(s.batch.user.to_pylist(), s.batch.t_lengths).tolist(), s.batch.t_time, s.batch.t_item, s.batch.t_label,
-                strict=True,
-            )
-        )  # fmt: skip
+        got: Counter[Any] = Counter()
+        for b in (s.batch for s in steps):
+            shown_to = np.repeat(b.user.to_pylist(), b.t_lengths).tolist()
+            got.update(zip(shown_to, b.t_time.tolist(), b.t_item.tolist(), b.t_label.tolist(), strict=True))
         expected: Counter[Any] = Counter()
         for b in range(prepared.buckets):
             for row in prepared.timelines(b).to_pylist():

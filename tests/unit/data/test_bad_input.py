@@ -40,7 +40,9 @@ def check_account(prepared: Prepared, rows_in: int, bad: list[tuple[int, str]], 
     assert quarantined(prepared) == sorted(bad)
     reasons = [reason for _, reason in bad]
     assert account["reasons"] == {reason: reasons.count(reason) for reason in sorted(set(reasons))}
-    events = sum(len(row) for b in range(prepared.buckets) for row in prepared.timelines(b).column("h_item").to_pylist())
+    events = sum(
+        len(row) for b in range(prepared.buckets) for row in prepared.timelines(b).column("h_item").to_pylist()
+    )
     assert events == account["history_events"] == account["kept"]
 
 
@@ -517,7 +519,9 @@ def test_store_without_permission_says_so(refused: Make, unprivileged: Path, log
     assert "check space and permissions" in message
 
 
-def test_prepared_log_of_another_version_is_refused(prepare_log: Make, refused: Make, log: Make, tmp_path: Path) -> None:
+def test_prepared_log_of_another_version_is_refused(
+    prepare_log: Make, refused: Make, log: Make, tmp_path: Path
+) -> None:
     prepared = prepare_log(log())
     prepared.folder.write_json("manifest.json", prepared.manifest | {"format": 99})
     message = refused(str(tmp_path / "log.parquet"), ArtifactError)

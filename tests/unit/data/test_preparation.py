@@ -321,7 +321,7 @@ def test_boolean_labels_are_labels_in_every_format(prepare_log: Make, log: Make,
 def test_several_files_are_one_log(prepare_log: Make, write_log: Make, config: Make, tmp_path: Path) -> None:
     rows = busy_log()
     expected = prepare_log(rows, **BUSY)
-    write_log(permuted(rows, range(0, 100)), "parquet", "logs/day=1/part")
+    write_log(permuted(rows, range(100)), "parquet", "logs/day=1/part")
     write_log(permuted(rows, range(100, 101)), "csv", "logs/day=2/part")
     write_log(permuted(rows, range(101, 240)), "jsonl", "logs/day=2/part")
     write_log(b"not read", "csv", "logs/_temporary/part")
@@ -375,7 +375,9 @@ def test_many_buckets_hold_the_same_users(prepare_log: Make, monkeypatch: pytest
         assert {name: row[name] for name in same} == {name: many[user][name] for name in same}
         for name in ("t_num", "h_num"):
             np.testing.assert_allclose(row[name], many[user][name], rtol=1e-5)
-        assert [row[numbered].index(r) for r in row[numbered]] == [many[user][numbered].index(r) for r in many[user][numbered]]
+        assert [row[numbered].index(r) for r in row[numbered]] == [
+            many[user][numbered].index(r) for r in many[user][numbered]
+        ]
 
 
 # Reuse.
@@ -473,7 +475,9 @@ def test_trivago_rules_make_history_of_engagements_and_clicks(prepare_log: Make,
     row = users(prepared)["a"]
     assert item_names(prepared, row["h_item"]) == ["i1", "i2", "i2", "i3", "i3"]
     assert [t // US - T for t in row["h_time"]] == [0, 5, 9, 20, 30]
-    shown = sorted(zip(row["t_time"], item_names(prepared, row["t_item"]), row["t_label"], row["t_visible"], strict=True))
+    shown = sorted(
+        zip(row["t_time"], item_names(prepared, row["t_item"]), row["t_label"], row["t_visible"], strict=True)
+    )
     assert [(t // US - T, *more) for t, *more in shown] == [
         (9, "i1", 0, 2),
         (9, "i2", 1, 2),
@@ -502,9 +506,7 @@ def test_trivago_rules_make_history_of_engagements_and_clicks(prepare_log: Make,
         ({"column": "seen", "op": "!=", "value": True}, [1, 3, 5]),
     ],
 )
-def test_rules_choose_the_history(
-    prepare_log: Make, format: str, rule: dict[str, Any], kept: list[int]
-) -> None:
+def test_rules_choose_the_history(prepare_log: Make, format: str, rule: dict[str, Any], kept: list[int]) -> None:
     """A comparison with null is false, whatever the operator."""
     events, stays = ["view", "view", "cart", None, "buy", "view"], [0, 10, 20, 30, 40, None]
     rows = [
