@@ -159,7 +159,9 @@ def delayed(batch: Batch, where: np.ndarray, seconds: int = 7200) -> Batch:
 def candidates_of(batch: Batch, keep: np.ndarray) -> Batch:
     """The batch without the impressions that are False in `keep` [I]."""
     row = np.repeat(np.arange(len(batch)), batch.t_lengths)
-    columns = {f.name: getattr(batch, f.name)[keep] for f in fields(batch) if f.name.startswith("t_") and f.name != "t_lengths"}
+    columns = {
+        f.name: getattr(batch, f.name)[keep] for f in fields(batch) if f.name.startswith("t_") and f.name != "t_lengths"
+    }
     return replace(batch, t_lengths=np.bincount(row[keep], minlength=len(batch)), **columns)
 
 
@@ -185,9 +187,7 @@ def widened(x: Inputs, events: int, targets: int) -> Inputs:
         return torch.cat([value, value.new_zeros(value.shape[0], by, *value.shape[2:])], 1)
 
     extra = {"h_": events, "c_": targets}
-    new = {
-        f.name: grow(getattr(x, f.name), extra[f.name[:2]]) for f in fields(x) if f.name[:2] in extra
-    }
+    new = {f.name: grow(getattr(x, f.name), extra[f.name[:2]]) for f in fields(x) if f.name[:2] in extra}
     return replace(x, **new)
 
 
@@ -212,7 +212,8 @@ def inputs(batch: Batch) -> Inputs:
 
 LOG = {
     "columns": {
-        "user": "user_id", "item": "item_id", "time": "timestamp", "label": "clicked", "action": "event", "request": ["list_id"],
+        "user": "user_id", "item": "item_id", "time": "timestamp",
+        "label": "clicked", "action": "event", "request": ["list_id"],
     },
     "history": [[{"column": "event", "value": "view"}], [{"column": "clicked", "value": 1}]],
     "features": [
@@ -318,8 +319,8 @@ def context_of(run: Run, stage: str, source: Any = None, say: Callable[[str], No
     return _context(run, worker(source, say), run.folder.sub(stage))
 
 
-def gloo_worker(rank: int, world: int, config: dict[str, Any], folder: str, meeting: str) -> None:
-    """What one of several processes does: join the others, train, write its figures beside the run."""
+def gloo_worker(rank: int, world: int, runs: list[tuple[dict[str, Any], str]], meeting: str) -> None:
+    """What one of several processes does: join the others, train each (config, folder), write its figures there."""
     import torch.distributed as dist
 
     from hpgr.training.two_stage import train
@@ -327,9 +328,10 @@ def gloo_worker(rank: int, world: int, config: dict[str, Any], folder: str, meet
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
     try:
-        checked = validate(config)
-        run = Run(checked, Folder(folder), prepare(checked, in_process, quiet))
-        figures = train(run, worker(LocalSource(rank, world)))
-        run.folder.write_json(f"figures-{rank}.json", figures)
+        for config, folder in runs:
+            checked = validate(config)
+            run = Run(checked, Folder(folder), prepare(checked, in_process, quiet))
+            figures = train(run, worker(LocalSource(rank, world)))
+            run.folder.write_json(f"figures-{rank}.json", figures)
     finally:
         dist.destroy_process_group()

@@ -106,20 +106,21 @@ def next_item_batch(assembler: Assembler, windows: Windows) -> Batch:
     """Histories as next-item queries: after each, a hidden event at the time of its last event.
 
     The hidden event belongs to the last session and sees the whole history; its truth is the event that follows
-    the window. The user's whole past (not only the window) comes as the impressions' items, for filtering.
+    the window. The distinct items of the user's whole past (not only the window) come as the impressions' items, for
+    filtering.
     """
     t = assembler.timelines
     batch = assembler.batch(windows, targets=False)
     row = assembler.rows(windows)
     truth = t.h_item[t.h_offsets[row] + windows.stop]
-    past = ranges(t.h_offsets[row], windows.stop)
+    past_row, past_item = _distinct_past(t, row, windows.stop)
     ends = offsets_of(batch.h_lengths)[1:]
 
     def append(values: Array, last: Array) -> Array:
         return np.insert(values, ends, last, axis=0)
 
     last, n = ends - 1, len(batch)
-    nothing = np.zeros(len(past), np.int64)
+    nothing = np.zeros(len(past_item), np.int64)
     return replace(
         batch,
         h_lengths=batch.h_lengths + 1,
@@ -131,16 +132,23 @@ def next_item_batch(assembler: Assembler, windows: Windows) -> Batch:
         h_masked=append(batch.h_masked, np.ones(n, bool)),
         h_cat=append(batch.h_cat, np.zeros((n, batch.h_cat.shape[1]))),
         h_num=append(batch.h_num, np.full((n, batch.h_num.shape[1]), np.nan)),
-        t_lengths=windows.stop,
-        t_item=t.h_item[past],
-        t_time=t.h_time[past],
+        t_lengths=np.bincount(past_row, minlength=n),
+        t_item=past_item,
+        t_time=nothing,
         t_visible=nothing,
         t_label=nothing - 1,
         t_request=nothing - 1,
         t_past=nothing,
-        t_cat=np.zeros((len(past), batch.t_cat.shape[1]), np.int32),
-        t_num=np.zeros((len(past), batch.t_num.shape[1]), np.float32),
+        t_cat=np.zeros((len(past_item), batch.t_cat.shape[1]), np.int32),
+        t_num=np.zeros((len(past_item), batch.t_num.shape[1]), np.float32),
     )
+
+
+def _distinct_past(t: Timelines, row: Ints, stop: Ints) -> tuple[Ints, Ints]:
+    """Each row's distinct items before its window's end: row numbers, ascending, and items."""
+    past = ranges(t.h_offsets[row], stop)
+    pairs = np.unique(np.repeat(np.arange(len(row)), stop) << 32 | t.h_item[past].astype(np.int64))
+    return pairs >> 32, pairs & 0xFFFFFFFF
 
 
 def worker_rows(batch: Ints, rank: int, world: int) -> tuple[Ints, bool]:

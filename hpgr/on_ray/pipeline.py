@@ -81,6 +81,8 @@ def two_stage(request: Request, say: Say) -> tuple[dict[str, Any], str]:
     if folder.exists("metrics.json"):
         say(f"{folder.uri}: this run has finished; nothing to do")
         return folder.read_json("metrics.json"), folder.uri
+    if "/runtime_resources/" in folder.uri:
+        say(f"note: {folder.uri} is in the job's copy of its working directory and goes with it; give --run another")
     with session(say):
         execute = RayExecute(say)
         ready = time.monotonic()

@@ -138,7 +138,7 @@ def _finish(
         stage.model.load_state_dict(checkpoint.from_bytes(folder.read(done["best_file"])))
         stage.model.to(worker.device)
     out["curves"] += done.pop("curve")
-    out["seconds"][stage.name] = done.pop("seconds")
+    out["seconds"] |= {stage.name: done.pop("seconds"), f"{stage.name}_waiting_for_data": done.pop("waited")}
     done.pop("settings")
     return done | {"parameters": sum(p.numel() for p in stage.model.parameters())}
 
@@ -167,8 +167,8 @@ def _figures(progress: Progress) -> dict[str, Any]:
         "validation": plain["best_figures"],
         "best_file": plain["best_file"],
         "steps": plain["global_step"],
-        "data_wait": plain["waited"] / max(plain["seconds"], 1e-9),
         "seconds": plain["seconds"],
+        "waited": plain["waited"],
         "curve": plain["curve"],
     }
 

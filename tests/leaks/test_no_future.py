@@ -231,7 +231,9 @@ def test_hidden_events_are_hidden(masked_model: MaskedItemModel, hidden: Batch) 
     other = scrambled_history(hidden, hidden.h_masked, later=False)
     assert (other.h_item != hidden.h_item)[hidden.h_masked].all()
     assert torch.equal(encoded(masked_model, inputs(other)), before)
-    assert torch.equal(masked_model.catalogue_logits(encoded(masked_model, inputs(other))), masked_model.catalogue_logits(before))
+    assert torch.equal(
+        masked_model.catalogue_logits(encoded(masked_model, inputs(other))), masked_model.catalogue_logits(before)
+    )
 
 
 def test_visible_events_are_seen(masked_model: MaskedItemModel, hidden: Batch) -> None:
@@ -304,7 +306,7 @@ def _iso(second: int) -> str:
 
 @pytest.fixture(scope="module")
 def two_logs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, int, int]:
-    """The generated log, and one whose rows from a moment on are others; and the moments of the split and of the change."""
+    """Folder of the generated log and of two with other rows from a moment on; validation, test, the later moment."""
     root = tmp_path_factory.mktemp("logs")
     config = log_config(root)
     prepare(config, in_process, lambda _: None)

@@ -67,7 +67,7 @@ def assert_same_scores(ours: pa.Table, theirs: pa.Table) -> None:
 
 @pytest.mark.parametrize("batch_tokens", [16, 60, 100_000])
 def test_scores_do_not_depend_on_the_batch_size(run: Run, model: ClickModel, batch_tokens: int) -> None:
-    usual, other = steps(run, "click-test"), steps(run, "click-test", batch_tokens)
+    usual, other = steps(run, "click-test", 200), steps(run, "click-test", batch_tokens)
     assert len(usual) != len(other)
     assert_same_scores(score(model, usual, CPU), score(model, other, CPU))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 import torch.multiprocessing as mp
 from helpers_model import gloo_worker, log_config, make_run, merged, worker
 
-from hpgr.config import Config, dump
+from hpgr.config import dump
 from hpgr.training.two_stage import Run, train
 
 WORLD = 2
@@ -20,33 +19,47 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES.values(), ids=list(CASES))
-def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, Any], Run, list[dict[str, Any]]]:
-    """The run of one process and its figures, that of two and each one's figures."""
+Both = tuple[Run, dict[str, Any], Run, list[dict[str, Any]]]
+"""The run of one process and its figures, that of two and each one's figures."""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Both]:
+    """Every case, by one process each and by the same two processes."""
     root = tmp_path_factory.mktemp("workers")
-    config: Config = log_config(root, **merged({"stream": {"batch_tokens": 120}, "stage1": {"optimiser": {"lr": 1e-3}}, "stage2": {"optimiser": {"lr": 1e-3}}}, request.param))
-    assert config.model.dropout > 0
-    assert config.model.sem.dropout > 0
-    alone = make_run(config, root / "one")
-    figures = train(alone, worker())
-    together = make_run(config, root / "two")
-    mp.spawn(gloo_worker, (WORLD, dump(config), together.folder.uri, str(root / "meeting")), nprocs=WORLD)
-    return alone, figures, together, [together.folder.read_json(f"figures-{rank}.json") for rank in range(WORLD)]
+    small = {"epochs": 2, "optimiser": {"lr": 1e-3}}
+    base = {"stream": {"batch_tokens": 120}, "stage1": small, "stage2": small}
+    configs = {name: log_config(root, **merged(base, over)) for name, over in CASES.items()}
+    pairs = {name: [make_run(c, root / name / n) for n in ("one", "two")] for name, c in configs.items()}
+    figures = {name: train(pairs[name][0], worker()) for name in CASES}
+    jobs = [(dump(run.config), run.folder.uri) for _, run in pairs.values()]
+    mp.spawn(gloo_worker, (WORLD, jobs, str(root / "meeting")), nprocs=WORLD)
+    return {
+        name: (one, figures[name], two, [two.folder.read_json(f"figures-{rank}.json") for rank in range(WORLD)])
+        for name, (one, two) in pairs.items()
+    }
 
 
-def test_some_batches_leave_a_worker_without_rows(runs: tuple[Run, Any, Run, Any]) -> None:
-    """The premise: global batches of one row, of odd numbers of rows, and rows of different lengths."""
-    for name in ("masked", "click-train"):
-        spec = runs[0].spec(name)
-        sizes = [len(b) for epoch in range(2) for g in spec.plan(epoch) for b in g.batches]
-        assert any(size % 2 for size in sizes)
-        assert any(size > 2 for size in sizes)
-    windows = runs[0].spec("masked").windows()
-    assert len(np.unique(windows.tokens)) > 3
-    assert 1 in [len(b) for name in ("masked", "click-train") for e in range(2) for g in runs[0].spec(name).plan(e) for b in g.batches]
+@pytest.fixture(params=list(CASES))
+def runs(request: pytest.FixtureRequest, trained: dict[str, Both]) -> Both:
+    return trained[request.param]
 
 
-def test_two_workers_have_the_loss_curve_of_one(runs: tuple[Run, dict[str, Any], Run, list[dict[str, Any]]]) -> None:
+def test_dropout_is_on(runs: Both) -> None:
+    assert runs[0].config.model.dropout > 0
+    assert runs[0].config.model.sem.dropout > 0
+
+
+def test_some_batches_divide_unevenly(runs: Both) -> None:
+    """The premise: global batches of one row (a worker has none), of odd numbers, and rows of different lengths."""
+    plans = [runs[0].spec(name).plan(epoch) for name in ("masked", "click-train") for epoch in range(2)]
+    sizes = {len(batch) for plan in plans for group in plan for batch in group.batches}
+    assert 1 in sizes
+    assert any(size > 2 and size % 2 for size in sizes)
+    assert len(np.unique(runs[0].spec("masked").windows().tokens)) > 3
+
+
+def test_two_workers_have_the_loss_curve_of_one(runs: Both) -> None:
     _, one, _, two = runs
     assert [p["step"] for p in one["curves"]] == [p["step"] for p in two[0]["curves"]]
     for a, b in zip(one["curves"], two[0]["curves"], strict=True):
@@ -55,9 +68,7 @@ def test_two_workers_have_the_loss_curve_of_one(runs: tuple[Run, dict[str, Any],
 
 
 @pytest.mark.parametrize("part", ["validation", "test"])
-def test_two_workers_have_the_figures_of_one(
-    part: str, runs: tuple[Run, dict[str, Any], Run, list[dict[str, Any]]]
-) -> None:
+def test_two_workers_have_the_figures_of_one(part: str, runs: Both) -> None:
     _, one, _, two = runs
     for stage in ("stage1", "stage2"):
         ours, theirs = one[stage][part], two[0][stage][part]
@@ -66,14 +77,14 @@ def test_two_workers_have_the_figures_of_one(
             assert theirs[name] == pytest.approx(value, abs=1e-4), (stage, name)
 
 
-def test_all_workers_say_the_same(runs: tuple[Run, dict[str, Any], Run, list[dict[str, Any]]]) -> None:
+def test_all_workers_say_the_same(runs: Both) -> None:
     first, second = runs[3]
     for stage in ("stage1", "stage2"):
         for part in ("validation", "test", "best_file", "steps"):
             assert first[stage][part] == second[stage][part]
 
 
-def test_every_test_impression_is_scored_once(runs: tuple[Run, dict[str, Any], Run, Any]) -> None:
+def test_every_test_impression_is_scored_once(runs: Both) -> None:
     one, two = (r.folder.read_parquet("stage2/test_scores.parquet") for r in (runs[0], runs[2]))
     assert two.num_rows == one.num_rows == runs[1]["stage2"]["test"]["n"]
     plain = [name for name in one.column_names if name != "score"]

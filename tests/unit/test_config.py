@@ -104,7 +104,8 @@ DATES = {"by": "date", "validation_from": "2020-01-01", "test_from": "2020-02-01
     ("raw", "fault"),
     [
         ({"stream": {"window": 100, "stride": 100}}, "stream: stride 100 must be less than window 100"),
-        ({"stream": {"window": 9000, "batch_tokens": 8192}}, "stream.batch_tokens 8192 is less than stream.window 9000: a full window"),
+        ({"stream": {"window": 9000, "batch_tokens": 8192}},
+         "stream.batch_tokens 8192 is less than stream.window 9000: a full window"),
         ({"model": {"width": 64, "heads": 3}}, "model: width 64 is not a multiple of heads 3"),
         ({"stage1": {"enabled": False}}, "model.pgsa.anchors frozen needs stage1.enabled"),
         ({"data": {"path": "x", "columns": {}}}, "data: columns.label is missing"),

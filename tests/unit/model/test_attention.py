@@ -40,14 +40,19 @@ def naive(
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 6), st.integers(1, 5), st.integers(0, 9999))
+@given(
+    st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 6), st.integers(1, 5), st.integers(0, 9999)
+)
 def test_attend_equals_the_loop(rows: int, heads: int, queries: int, keys: int, width: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    q, own = random(rows, heads, queries, width), (random(rows, heads, queries, width), random(rows, heads, queries, width))
+    q, own = (
+        random(rows, heads, queries, width),
+        (random(rows, heads, queries, width), random(rows, heads, queries, width)),
+    )
     k, v = random(rows, heads, keys, width), random(rows, heads, keys, width)
     bias, self_bias = random(rows, heads, queries, keys), random(heads)
     g = torch.rand(rows, queries, keys, generator=generator).round(decimals=1) * (random(rows, queries, keys) > 0)

@@ -61,15 +61,15 @@ def test_history_tokens_show_each_column(encoder: EventEncoder, column: str) -> 
 def test_candidate_tokens_show_each_column(encoder: EventEncoder, column: str) -> None:
     batch = random_batch(1, 6, 3)
     before = encoder.candidates(inputs(batch), None, 0.0)[0]
-    after = encoder.candidates(inputs(changed(batch, **{column: (1, (getattr(batch, column)[1] + 1) % 4)})), None, 0.0)[0]
+    after = encoder.candidates(inputs(changed(batch, **{column: (1, (getattr(batch, column)[1] + 1) % 4)})), None, 0.0)[
+        0
+    ]
     assert (before != after).any(-1).tolist() == [False, True, False]
 
 
 def test_a_missing_number_has_a_vector_of_its_own(encoder: EventEncoder) -> None:
     batch = random_batch(1, 3, 1)
-    tokens = [
-        encoder.history(inputs(changed(batch, h_num=(slice(None), value))), None) for value in (np.nan, 0.0, 1.0)
-    ]
+    tokens = [encoder.history(inputs(changed(batch, h_num=(slice(None), value))), None) for value in (np.nan, 0.0, 1.0)]
     assert all(t.isfinite().all() for t in tokens)
     assert not torch.equal(tokens[0], tokens[1])
     assert not torch.equal(tokens[1], tokens[2])

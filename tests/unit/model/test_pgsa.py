@@ -200,7 +200,13 @@ def test_a_key_of_weight_zero_contributes_exactly_nothing() -> None:
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    q, k, v, own_k, own_v = random(2, 2, 3, 4), random(2, 2, 6, 4), random(2, 2, 6, 4), random(2, 2, 3, 4), random(2, 2, 3, 4)
+    q, k, v, own_k, own_v = (
+        random(2, 2, 3, 4),
+        random(2, 2, 6, 4),
+        random(2, 2, 6, 4),
+        random(2, 2, 3, 4),
+        random(2, 2, 3, 4),
+    )
     bias, self_bias = random(2, 2, 3, 6), random(2)
     weights = torch.rand(2, 3, 6, generator=generator)
     weights[..., [1, 4]] = 0
