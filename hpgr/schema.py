@@ -85,6 +85,14 @@ def ranges(starts: Array, lengths: Array) -> Ints:
     return np.arange(offsets[-1], dtype=np.int64) + np.repeat(np.asarray(starts) - offsets[:-1], lengths)
 
 
+def _check_columns(table: Timelines | Batch, prefix: str, size: int, layout: str) -> None:
+    """All flat columns of a stream hold one entry an event; `layout` ends the name of the one that does not."""
+    for f in fields(table):
+        if f.name.startswith(prefix) and not f.name.endswith(layout):
+            got = len(getattr(table, f.name))
+            assert got == size, f"{f.name}: got {got} entries, expected {size}"
+
+
 @dataclass(frozen=True)
 class Timelines:
     """Timelines in flat form. History arrays have E entries, target arrays I; features are [E or I, F]."""
@@ -115,10 +123,7 @@ class Timelines:
         assert len(self.user) == len(self.train_end) == len(self.n_train) == n
         for prefix, offsets in (("h_", self.h_offsets), ("t_", self.t_offsets)):
             assert len(offsets) == n + 1, f"{prefix}offsets: got {len(offsets)}, expected {n + 1}"
-            for f in fields(self):
-                if f.name.startswith(prefix) and not f.name.endswith("offsets"):
-                    got = len(getattr(self, f.name))
-                    assert got == offsets[-1], f"{f.name}: got {got} entries, expected {offsets[-1]}"
+            _check_columns(self, prefix, int(offsets[-1]), "offsets")
 
     def __len__(self) -> int:
         return len(self.user_hash)
@@ -185,11 +190,8 @@ class Batch:
     def __post_init__(self) -> None:
         rows = len(self.row_key)
         assert len(self.user) == len(self.causal) == len(self.h_lengths) == len(self.t_lengths) == rows
-        for prefix, size in (("h_", int(self.h_lengths.sum())), ("t_", int(self.t_lengths.sum()))):
-            for f in fields(self):
-                if f.name.startswith(prefix) and not f.name.endswith("lengths"):
-                    got = len(getattr(self, f.name))
-                    assert got == size, f"{f.name}: got {got} entries, expected {size}"
+        for prefix, lengths in (("h_", self.h_lengths), ("t_", self.t_lengths)):
+            _check_columns(self, prefix, int(lengths.sum()), "lengths")
 
     def __len__(self) -> int:
         return len(self.row_key)

@@ -145,6 +145,7 @@ class _Job:
     say: Callable[[str], None]
 
     def run(self, files: Sequence[SourceFile]) -> dict[str, Any]:
+        """All passes in order; returns the manifest without its name."""
         pieces = fragments(files, needed_columns(self.data))
         scans = list(
             self.execute("scan", partial(scan, data=self.data, folder=self.folder, buckets=self.buckets), pieces)

@@ -46,6 +46,7 @@ class Log:
                 self._writer.add_scalar(f"{stage}/{name}", value, step)
 
     def close(self) -> None:
+        """Flush, and upload for a remote run folder."""
         if self._writer is None:
             return
         self._writer.close()

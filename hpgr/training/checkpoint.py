@@ -43,7 +43,8 @@ def save(
 
 
 def prune(folder: Folder, step: int, keep: int) -> None:
-    """Delete all but the last `keep` checkpoints up to the one just written; later ones, from before a resume, are torn."""
+    """Delete all but the last `keep` checkpoints up to the one just written, and later ones, left from before a
+    resume."""
     names = folder.entries()
     kept = [name for name in names if name <= f"step-{step:08d}"][-keep:]
     for name in names:

@@ -90,6 +90,7 @@ class _Loop:
         self.spoken = time.monotonic()
 
     def run(self) -> Progress:
+        """Train what is left, then load the best weights."""
         p = self.progress
         if p.epoch < self.stage.epochs and p.stale < self.stage.patience:
             self._rehearse()

@@ -413,6 +413,11 @@ def test_batch_holds_the_events_of_its_windows(log: list[Any], stream: Stream) -
         assert batch.h_item[h : h + batch.h_lengths[k]].tolist() == t.h_item[events].tolist()
         shown = slice(t.t_offsets[row] + windows.t_start[k], t.t_offsets[row] + windows.t_stop[k])
         assert batch.t_label[i : i + batch.t_lengths[k]].tolist() == t.t_label[shown].tolist()
+        for target in range(i, i + batch.t_lengths[k]):
+            seen = batch.h_time[h : h + batch.t_visible[target]]
+            assert (seen < batch.t_time[target]).all()
+            assert batch.t_visible[target] == t.t_visible[shown][target - i] - windows.start[k] >= 0
+            assert batch.t_past[target] == t.t_visible[shown][target - i]
         sessions = batch.h_session[h : h + batch.h_lengths[k]].tolist()
         assert sessions == sessions_by_loop([t.h_time[events].tolist()], 30.0)
         for place in range(batch.h_lengths[k]):
@@ -575,7 +580,7 @@ def test_next_item_batch_hides_the_event_after_the_window(log: tuple[Config, Pre
             row, past = rows[user], b.t_item[t[k] : t[k + 1]].tolist()
             begins = min(time for time, part in zip(row["t_time"], row["t_split"], strict=True) if part == TEST)
             known = sum(time < begins for time in row["h_time"])
-            assert past == row["h_item"][:known]
+            assert past == sorted(set(row["h_item"][:known]))
             items, masked = b.h_item[h[k] : h[k + 1]].tolist(), b.h_masked[h[k] : h[k + 1]].tolist()
             assert items == row["h_item"][max(0, known - 19) : known + 1]
             assert masked == [False] * (len(items) - 1) + [True]
