@@ -204,7 +204,7 @@ def shaken(model: nn.Module, seed: int = 1, scale: float = 0.3) -> nn.Module:
 
 
 def inputs(batch: Batch) -> Inputs:
-    return pad(batch)
+    return pad(batch, lanes=1)
 
 
 # Small logs

@@ -31,11 +31,11 @@ def plan_epoch(windows: Windows, batch_tokens: int, group_tokens: int, seed: int
     the fixed order of evaluation: no shuffling. Batch sizes count padding: rows * longest <= batch_tokens.
     """
     groups: list[Group] = []
-    for buckets in _bucket_groups(windows, group_tokens, seed, epoch):
+    for number, buckets in enumerate(_bucket_groups(windows, group_tokens, seed, epoch)):
         inside = np.flatnonzero(np.isin(windows.bucket, buckets))
         batches = _batches(windows, inside, batch_tokens, seed, epoch)
         if epoch is not None:
-            order = np.argsort(uniform(seed, epoch, int(buckets[0]), np.arange(len(batches)), 4), kind="stable")
+            order = np.argsort(uniform(seed, epoch, number, np.arange(len(batches)), 4), kind="stable")
             batches = [batches[i] for i in order]
         groups.append(Group(np.sort(buckets), batches))
     return groups

@@ -31,7 +31,7 @@ from hpgr.artifacts import FORMAT, Folder, absolute, check_format, fingerprint
 from hpgr.config import Config, Data, dump
 from hpgr.data import split as splits
 from hpgr.data.ordering import order_rows
-from hpgr.data.sources import Fragment, SourceFile, find_files, fragments, inputs_fingerprint, read
+from hpgr.data.sources import Fragment, find_files, fragments, inputs_fingerprint, read
 from hpgr.data.synthetic import write_log
 from hpgr.data.timelines import encode, features_of, training_rows
 from hpgr.data.validation import USER_HASH, empty_rows, needed_columns, validate
@@ -45,7 +45,6 @@ Execute = Callable[[str, Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 """Runs a function over items, in any order or place, and yields the results in the items' order."""
 
 BUCKET_ROWS = 400_000
-CSV_ROW_BYTES = 40
 SPLIT_NAMES = ("train", "validation", "test")
 
 
@@ -100,13 +99,14 @@ def prepare(config: Config, execute: Execute, say: Callable[[str], None]) -> Pre
         return Prepared.open(folder)
     say(f"prepare: {len(files)} file(s), {sum(f.size for f in files) / 1e6:,.1f} MB -> {folder.uri}")
     folder.delete()
-    job = _Job(data, folder, _bucket_count(files), execute, say)
+    pieces = fragments(files, needed_columns(data))
+    job = _Job(data, folder, _bucket_count(pieces), execute, say)
     manifest = {
         "format": FORMAT,
         "fingerprint": name,
         "inputs": inputs,
         "settings": settings,
-        **job.run(files),
+        **job.run(pieces),
     }
     folder.delete("staging")
     folder.write_json("manifest.json", manifest)
@@ -130,10 +130,9 @@ def generated_log(data: Data) -> Folder:
     return Folder(absolute(data.prepared)).sub(f"generated-{fingerprint(data.synthetic.model_dump())}")
 
 
-def _bucket_count(files: Sequence[SourceFile]) -> int:
-    """Buckets of about BUCKET_ROWS rows; from sizes alone, so the layout does not depend on the cluster."""
-    rows = sum(f.size / (8 if f.format == "parquet" else CSV_ROW_BYTES) for f in files)
-    return min(1024, max(1, math.ceil(rows / BUCKET_ROWS)))
+def _bucket_count(pieces: Sequence[Fragment]) -> int:
+    """Buckets of about BUCKET_ROWS rows; from the log alone, so the layout does not depend on the cluster."""
+    return min(1024, max(1, math.ceil(sum(piece.rows for piece in pieces) / BUCKET_ROWS)))
 
 
 @dataclass(frozen=True)
@@ -144,9 +143,8 @@ class _Job:
     execute: Execute
     say: Callable[[str], None]
 
-    def run(self, files: Sequence[SourceFile]) -> dict[str, Any]:
+    def run(self, pieces: Sequence[Fragment]) -> dict[str, Any]:
         """All passes in order; returns the manifest without its name."""
-        pieces = fragments(files, needed_columns(self.data))
         scans = list(
             self.execute("scan", partial(scan, data=self.data, folder=self.folder, buckets=self.buckets), pieces)
         )

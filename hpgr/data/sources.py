@@ -25,6 +25,7 @@ ENDINGS = {
 }  # fmt: skip
 BLOCK_BYTES = 16 << 20
 FRAGMENT_ROWS = 500_000
+TEXT_ROW_BYTES = 40
 RAW_LINE = "unreadable_line"
 """Column that carries the text of a line no parser could read."""
 
@@ -48,6 +49,8 @@ class Fragment:
     index: int
     first: int = 0
     last: int = 0
+    rows: int = 0
+    """Exact for Parquet, a guess from the file's size for text."""
 
 
 def find_files(paths: Sequence[str], declared: str = "auto") -> list[SourceFile]:
@@ -127,8 +130,12 @@ def fragments(files: Sequence[SourceFile], columns: Sequence[str]) -> list[Fragm
         if missing:
             raise DataError(f"{file.uri}: no column {', '.join(map(repr, missing))}; it has {', '.join(names or [])}; "
                             "set data.columns and data.features to match")  # fmt: skip
-        out += _row_groups(file, index) if file.format == "parquet" else [Fragment(file, index)]
+        out += _row_groups(file, index) if file.format == "parquet" else [_whole(file, index)]
     return out
+
+
+def _whole(file: SourceFile, index: int) -> Fragment:
+    return Fragment(file, index, rows=file.size // TEXT_ROW_BYTES)
 
 
 def _row_groups(file: SourceFile, index: int) -> Iterator[Fragment]:
@@ -137,7 +144,7 @@ def _row_groups(file: SourceFile, index: int) -> Iterator[Fragment]:
     for group in range(metadata.num_row_groups):
         rows += metadata.row_group(group).num_rows
         if rows >= FRAGMENT_ROWS or group + 1 == metadata.num_row_groups:
-            yield Fragment(file, index, first, group + 1)
+            yield Fragment(file, index, first, group + 1, rows)
             first, rows = group + 1, 0
 
 

@@ -35,11 +35,20 @@ class Inputs:
     c_num: Tensor
 
 
-def pad(batch: Batch, device: torch.device | str = "cpu") -> Inputs:
-    """Pad a batch with zeros to its longest history and its longest candidate list (each at least 1)."""
+LANES = 16
+
+
+def round_up(size: int, lanes: int = LANES) -> int:
+    """The next multiple of `lanes`, at least one: a longer neighbour then adds only whole blocks of zeros to a row's
+    sums, which leaves their order, and so their bits, as they were."""
+    return max(1, -(-size // lanes)) * lanes
+
+
+def pad(batch: Batch, device: torch.device | str = "cpu", lanes: int = LANES) -> Inputs:
+    """Pad a batch with zeros to its longest history and its longest candidate list, both rounded up to `lanes`."""
 
     def stream(lengths: Ints, names: dict[str, tuple[Array, type]]) -> dict[str, Tensor]:
-        width = max(1, int(lengths.max(initial=0)))
+        width = round_up(int(lengths.max(initial=1)), lanes)
         rows = np.repeat(np.arange(len(lengths)), lengths)
         columns = np.arange(len(rows)) - np.repeat(offsets_of(lengths)[:-1], lengths)
         out = {}

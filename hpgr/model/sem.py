@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpgr.config import Model
-from hpgr.model.inputs import Inputs
+from hpgr.model.inputs import Inputs, round_up
 from hpgr.model.noise import Dropout, Noise
 
 SESSION_POSITIONS = 64
@@ -64,7 +64,7 @@ class Sem(nn.Module):
         return encoded, self._context(encoded, x, causal, noise)
 
     def _context(self, encoded: Tensor, x: Inputs, causal: Tensor, noise: Noise | None) -> Tensor:
-        n = int(x.h_session.max()) + 1
+        n = round_up(int(x.h_session.max()) + 1)
         member = (x.h_session[:, None, :] == torch.arange(n, device=encoded.device)[:, None]) & x.h_real[:, None, :]
         member_BSN = member.to(encoded.dtype)
         size = member_BSN.sum(-1, keepdim=True)
