@@ -93,7 +93,6 @@ def _ranks(model: MaskedItemModel, x: Inputs, filter_seen: bool) -> tuple[Array,
         logits = _without(logits, past)
     place = torch.arange(size, device=logits.device)
     ahead = (logits > wanted) | ((logits == wanted) & (place < target[:, None]))
-    ahead[rows, target] = False
     rank = torch.where(known, 1 + ahead.sum(1), size + 1)
     return rank.cpu().numpy(), seen.cpu().numpy()
 

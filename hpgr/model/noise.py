@@ -41,7 +41,7 @@ class Noise:
         generator = torch.Generator().manual_seed(seed & (2**63 - 1))
         self._pool = torch.rand(size, generator=generator).to(device)
         # One range of starts for all shapes: a batch with less padding must read the same slices.
-        self._starts = np.uint64(size - row_places + 1)
+        self._row_places, self._starts = row_places, np.uint64(size - row_places + 1)
         self._key = key.view(np.uint64) ^ np.uint64(seed & (2**63 - 1))
 
     def drop(self, x: Tensor, p: float, site: int) -> Tensor:
@@ -49,6 +49,7 @@ class Noise:
         if p == 0:
             return x
         rows, width = x.shape[0], x[0].numel()
+        assert width <= self._row_places, f"got {width} places a row, expected at most {self._row_places}"
         with np.errstate(over="ignore"):
             hashed = _mix(self._key + np.uint64(site + 1) * np.uint64(0x9E3779B97F4A7C15))
         start = torch.from_numpy((hashed % self._starts).astype(np.int64)).to(x.device)

@@ -21,6 +21,7 @@ from hpgr.evaluation import click_scores, score
 from hpgr.metrics import auc
 from hpgr.model.embedding import Sizes
 from hpgr.model.hpgr import ClickModel
+from hpgr.model.inputs import round_up
 from hpgr.schema import FEATURE_PREFIX
 from hpgr.training import checkpoint, distributed
 from hpgr.training.loop import Context, Progress, fit
@@ -189,7 +190,7 @@ def _context(run: Run, worker: Worker, folder: Folder) -> Context:
         device=worker.device,
         seed=config.seed,
         checkpoints=config.checkpoints,
-        row_places=(window + 1) * config.model.width,
+        row_places=round_up(window) * config.model.width,
         mock=(rows, window, window, widths),
         say=worker.say,
         report=worker.report,

@@ -119,6 +119,15 @@ def test_resume_refuses_other_settings(finished: tuple[Path, str]) -> None:
     assert "Traceback" not in refused.stderr
 
 
+def test_a_run_folder_of_another_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/run.json").write_text('{"format": 99}')
+    refused = run("two_stage.py", "--run", "old", "--resume", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "format 99" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -178,7 +187,9 @@ def test_submission_as_typed(tmp_path: Path) -> None:
     environment.pop("RAY_AUTH_TOKEN_PATH", None)
 
     def call(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=580, check=False)
+        return subprocess.run(
+            words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=580, check=False
+        )
 
     head = call(ray, "start", "--head", "--num-cpus=2", "--port=6465", "--dashboard-port=8365")
     assert head.returncode == 0, head.stderr

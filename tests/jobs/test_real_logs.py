@@ -52,7 +52,8 @@ def test_ten_million_rows_in_six_gibibytes(tmp_path: Path) -> None:
         user[: rows // 100] = 7  # one user with one percent of all rows
         table = {
             "user_id": user, "item_id": rng.zipf(1.2, rows) % 50_000,
-            "timestamp": 1_700_000_000 + rng.integers(0, 90 * 86400, rows), "label": (rng.random(rows) < 0.2).astype("int8"),
+            "timestamp": 1_700_000_000 + rng.integers(0, 90 * 86400, rows),
+            "label": (rng.random(rows) < 0.2).astype("int8"),
         }  # fmt: skip
         pq.write_table(pa.table(table), log / f"{i:02d}.parquet")
     (tmp_path / "config.yaml").write_text("data: {columns: {label: label}}")

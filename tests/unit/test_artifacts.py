@@ -55,8 +55,13 @@ def test_a_missing_file_is_a_clear_error(folder: Folder) -> None:
 def test_prepare_from_and_to_a_store_equals_disk(
     bucket: str, write_log: Callable[..., str], config: Callable[..., Config]
 ) -> None:
-    rows = {"user_id": [f"u{i % 7}" for i in range(140)], "item_id": [i % 11 for i in range(140)],
-            "timestamp": [1_700_000_000 + 60 * i for i in range(140)], "clicked": [i % 3 == 0 for i in range(140)]}  # fmt: skip
+    places = range(140)
+    rows = {
+        "user_id": [f"u{i % 7}" for i in places],
+        "item_id": [i % 11 for i in places],
+        "timestamp": [1_700_000_000 + 60 * i for i in places],
+        "clicked": [i % 3 == 0 for i in places],
+    }
     path = write_log(pa.table(rows))
     on_disk = prepare(config(data={"path": path}), in_process, print)
     Folder(bucket).write("in/log.parquet", Path(path).read_bytes())

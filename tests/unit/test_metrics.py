@@ -31,13 +31,9 @@ def rows(draw: st.DrawFn, max_size: int = 60) -> ClickScores:
     n = draw(st.integers(0, max_size))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     levels = draw(st.integers(1, 12))
-    score = (
-        rng.integers(0, levels + 1, n) / levels if draw(st.booleans()) else rng.random(n).astype(np.float32)
-    )
+    score = rng.integers(0, levels + 1, n) / levels if draw(st.booleans()) else rng.random(n).astype(np.float32)
     label = rng.random(n) < draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))
-    return clicks(
-        score, label, rng.integers(0, 6, n).astype(np.uint64) + np.uint64(2**64 - 7), rng.integers(-1, 5, n)
-    )
+    return clicks(score, label, rng.integers(0, 6, n).astype(np.uint64) + np.uint64(2**64 - 7), rng.integers(-1, 5, n))
 
 
 @given(rows())

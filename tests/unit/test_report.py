@@ -290,9 +290,7 @@ def test_summary_fits_a_screen():
 def test_summary_of_much_is_cut_and_of_nothing_says_so():
     many = {f"a long name of a figure {i}": 0.5 for i in range(60)}
     metrics = {"data": many, "baselines": many, "seconds": many}
-    lines = summary_text(
-        metrics, "r" * 40, [c for c, _ in itertools.product(COMMANDS, range(9))]
-    ).splitlines()
+    lines = summary_text(metrics, "r" * 40, [c for c, _ in itertools.product(COMMANDS, range(9))]).splitlines()
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 100
     empty = summary_text({}, "runs/x", [])

@@ -148,9 +148,7 @@ def test_relevance_holds_every_strictly_past_pair(tmp_path: Path) -> None:
     expected = shown[KEYS].merge(views[KEYS], on="user_id", suffixes=("", "_past"))
     expected = expected[expected.timestamp_past < expected.timestamp]
     got = pairs[[*KEYS, "past_item_id", "past_timestamp"]]
-    assert sorted(got.itertuples(index=False, name=None)) == sorted(
-        expected.itertuples(index=False, name=None)
-    )
+    assert sorted(got.itertuples(index=False, name=None)) == sorted(expected.itertuples(index=False, name=None))
     assert (pairs.past_timestamp < pairs.timestamp).all()
     assert relevance(settings, []).num_rows == 0
 
@@ -249,9 +247,7 @@ def test_extreme_settings_work(tmp_path: Path, extreme: dict[str, Any]) -> None:
     "impossible",
     [{"items": 20, "categories": 21}, {"categories": 4, "interests": 5}, {"items": 20, "list_size": 11}],
 )
-def test_impossible_worlds_are_refused_before_anything_is_written(
-    tmp_path: Path, impossible: dict[str, Any]
-) -> None:
+def test_impossible_worlds_are_refused_before_anything_is_written(tmp_path: Path, impossible: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"data\.synthetic\.\w+: got \d+, expected at most \d+"):
         write_log(Synthetic(**impossible), str(tmp_path / "log"), LOCAL)
     assert not list(tmp_path.iterdir())

@@ -77,6 +77,12 @@ def test_no_pool_is_too_small() -> None:
     assert float((dropped == 0).double().mean()) == pytest.approx(0.5, abs=0.01)
 
 
+def test_a_row_larger_than_announced_is_refused() -> None:
+    """Else it would read past the pool, once in many steps."""
+    with pytest.raises(AssertionError, match="places"):
+        Noise(1, KEYS, T * C).drop(torch.ones(64, T + 1, C), 0.5, 0)
+
+
 def test_every_site_of_a_model_has_its_own_number() -> None:
     model = ClickModel(tiny(), SIZES)
     sites = [m.site for m in model.modules() if isinstance(m, Dropout)]

@@ -25,7 +25,9 @@ from torch import Tensor
 
 from hpgr.artifacts import Folder
 from hpgr.config import Checkpoints, Config
+from hpgr.data.batches import mock_batch
 from hpgr.errors import ArtifactError, TrainingError
+from hpgr.model.inputs import pad
 from hpgr.training.loop import Context, fit
 from hpgr.training.stages import ClickStage
 from hpgr.training.two_stage import Run, train
@@ -336,6 +338,17 @@ def test_reports_and_logs_come_at_each_validation(run: Run) -> None:
     assert [step for _, _, step in logs] == [p["step"] for p in progress.curve]
     assert {"auc", "stage", "epoch"} <= reports[0].keys()
     assert {"train_loss", "lr", "validation/auc"} <= logs[0][1].keys()
+
+
+@pytest.mark.parametrize("window", [2, 15, 16, 17, 200])
+def test_noise_has_room_for_the_longest_padded_row(window: int, run: Run) -> None:
+    """Histories are padded to more than the window, and a next-item query adds an event."""
+    stream = run.config.stream.model_copy(update={"window": window, "stride": 1})
+    other = replace(run, config=run.config.model_copy(update={"stream": stream}))
+    context: Context = context_of(other, "stage2")
+    rows, history, targets, widths = context.mock
+    longest = pad(mock_batch(rows, history, targets, widths))
+    assert context.row_places >= max(longest.h_item.shape[1], longest.c_item.shape[1]) * run.config.model.width
 
 
 def test_the_run_folder_is_enough(straight: tuple[Run, dict[str, Any], Any]) -> None:
