@@ -48,11 +48,12 @@ class StreamSpec:
 
 
 class Item(NamedTuple):
-    """A group of an epoch's plan (epoch -1: evaluation's fixed order) and the first step wanted of it."""
+    """Steps [first, stop) of a group of an epoch's plan; epoch -1 is evaluation's fixed order."""
 
     epoch: int
     group: int
-    first_step: int
+    first: int
+    stop: int
 
 
 class Step(NamedTuple):
@@ -98,17 +99,15 @@ def _bucket_windows(bucket: int, prepared: Prepared, config: Config, name: str) 
     return windows(timelines, config.stream, bucket, SPLITS[split]).to_table()
 
 
-def items_of(spec: StreamSpec, epochs: Iterable[int], first_step: int) -> list[Item]:
+def items_of(spec: StreamSpec, epochs: Iterable[int], first_step: int) -> Iterator[Item]:
     """Work items of the epochs in order, without the steps before `first_step` of the first one."""
-    out: list[Item] = []
     skip = first_step
     for epoch in epochs:
         sizes = [len(g.batches) for g in _plan(spec, epoch)]
         for group, size in enumerate(sizes):
             if skip < size:
-                out.append(Item(epoch, group, skip))
+                yield Item(epoch, group, skip, size)
             skip = max(0, skip - size)
-    return out
 
 
 @lru_cache(maxsize=4)
@@ -133,7 +132,7 @@ def produce(item: Item, spec: StreamSpec, rank: int, world: int) -> Iterator[pa.
     group = plan[item.group]
     assembler = _assembler(spec.prepared, spec.gap_minutes, tuple(group.buckets.tolist()))
     before, steps = sum(len(g.batches) for g in plan[: item.group]), sum(len(g.batches) for g in plan)
-    for i in range(item.first_step, len(group.batches)):
+    for i in range(item.first, item.stop):
         own, real = worker_rows(group.batches[i], rank, world)
         batch = _make(spec, assembler, windows.take(own), item.epoch)
         yield batch.to_table(epoch=item.epoch, step=before + i, steps=steps, real=int(real))

@@ -30,8 +30,8 @@ def session(say: Callable[[str], None]) -> Iterator[None]:
             say("ray: starting a local Ray")
             environment = {
                 "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-                # Idle OpenMP threads of the trainer would spin on the cores that data tasks need.
-                "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+                # Idle OpenMP threads of the trainer would spin for long on the cores that data tasks need.
+                "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
             }
             ray.init(
                 num_cpus=os.cpu_count(),

@@ -109,3 +109,17 @@ def test_one_worker_two_workers_and_none_have_one_loss_curve(
     for curve, auc in zip(curves[1:], aucs[1:], strict=True):
         assert all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(curve, curves[0], strict=True))
         assert math.isclose(auc, aucs[0], abs_tol=2e-3)
+
+
+def test_chunks_hold_every_step_once_in_order_and_grow() -> None:
+    from hpgr.data.stream import Item
+    from hpgr.on_ray.stream import chunked
+
+    items = [Item(0, 0, 3, 40), Item(0, 1, 0, 5), Item(1, 0, 0, 300)]
+    chunks = list(chunked(items, 8, 64))
+    steps = [(p.epoch, p.group, s) for chunk in chunks for p in chunk for s in range(p.first, p.stop)]
+    assert steps == [(i.epoch, i.group, s) for i in items for s in range(i.first, i.stop)]
+    sizes = [sum(p.stop - p.first for p in chunk) for chunk in chunks]
+    assert sizes[:4] == [8, 32, 64, 64]
+    assert all(size == 64 for size in sizes[2:-1])
+    assert all(len(chunk) >= 2 for chunk in chunks[:-1])
