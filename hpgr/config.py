@@ -345,7 +345,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     if not isinstance(raw, dict):
         raise ConfigError(f"config {path}: got a {type(raw).__name__}, expected a mapping of keys")
     raw = copy.deepcopy(raw)
-    faults = [fault for text in overrides if (fault := _override(raw, text))]
+    faults = [fault for text in overrides if (fault := override(raw, text))]
     return validate(raw, faults)
 
 
@@ -360,7 +360,7 @@ def validate(raw: dict[str, Any], faults: Sequence[str] = ()) -> Config:
     return config
 
 
-def _override(raw: dict[str, Any], text: str) -> str | None:
+def override(raw: dict[str, Any], text: str) -> str | None:
     """Apply one `a.b=c` in place; returns the fault's text if it has none of that form."""
     key, equals, value = text.partition("=")
     if not equals or not all(key.split(".")):

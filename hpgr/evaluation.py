@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -60,6 +61,20 @@ def click_scores(scores: pa.Table) -> ClickScores:
         user=keep.column("user_hash").to_numpy(),
         request=keep.column("request").to_numpy(),
     )
+
+
+def scoring_cost(model: ClickModel, steps: Sequence[Step], device: torch.device) -> tuple[int, int, float]:
+    """Candidates of the steps' batches, history events that they attend to in a layer, and seconds to score them."""
+    candidates = keys = 0
+    for step in steps:
+        if step.real:
+            x = pad(step.batch, device)
+            with torch.no_grad():
+                kept = (model.candidate_weights(x, model.history_vectors(x)) > 0).sum(-1)
+            candidates, keys = candidates + int(x.c_real.sum()), keys + int(kept[x.c_real].sum())
+    start = time.perf_counter()
+    score(model, steps, device)
+    return candidates, keys, time.perf_counter() - start
 
 
 def rank_next_items(model: MaskedItemModel, steps: Iterable[Step], device: torch.device, filter_seen: bool) -> RankSums:

@@ -31,7 +31,7 @@ def job(argv: Sequence[str]) -> None:
         return command.print_config(config)
 
     from hpgr.on_ray.pipeline import Request, two_stage
-    from hpgr.report import summary_text
+    from hpgr.report.run import summary_text
 
     run = arguments.run or command.new_run(config.name if config else "run")
     metrics, folder = two_stage(Request(run, config, arguments.resume), command.say)

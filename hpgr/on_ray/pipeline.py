@@ -27,7 +27,7 @@ from hpgr.metrics import auc
 from hpgr.on_ray.parallel import RayExecute
 from hpgr.on_ray.session import session
 from hpgr.on_ray.train import run_training
-from hpgr.report import ReportData, render_report
+from hpgr.report.run import ReportData, render_report
 from hpgr.schema import SECOND, Timelines
 from hpgr.training.two_stage import INDEXES, Run
 
@@ -86,9 +86,9 @@ def two_stage(request: Request, say: Say) -> tuple[dict[str, Any], str]:
     with session(say):
         execute = RayExecute(say)
         ready = time.monotonic()
-        run = Run(config, folder, _prepared(config, execute, say))
+        run = Run(config, folder, prepared_log(config, execute, say))
         for name in INDEXES:
-            build_index(run.prepared, config, folder.sub("index"), name, execute)
+            build_index(run.prepared, config, run.index_folder, name, execute)
         statistics = _session_statistics(run, execute)
         prepared_at = time.monotonic()
         figures = run_training(run, say)
@@ -106,10 +106,11 @@ def two_stage(request: Request, say: Say) -> tuple[dict[str, Any], str]:
 def prepare_only(config: Config, say: Say) -> Prepared:
     """The preparation alone, as `jobs/prepare.py` runs it."""
     with session(say):
-        return _prepared(config, RayExecute(say), say)
+        return prepared_log(config, RayExecute(say), say)
 
 
-def _prepared(config: Config, execute: Execute, say: Say) -> Prepared:
+def prepared_log(config: Config, execute: Execute, say: Say) -> Prepared:
+    """The prepared log of a configuration, with its account told."""
     start = time.monotonic()
     prepared = prepare(config, execute, say)
     account, took = prepared.manifest["account"], time.monotonic() - start

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import ray.train
 import torch
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import hpgr.errors
 from hpgr.artifacts import Folder
@@ -25,7 +26,7 @@ from hpgr.config import Config, validate
 from hpgr.data.preparation import Prepared
 from hpgr.data.stream import LocalSource
 from hpgr.errors import HpgrError, TrainingError
-from hpgr.on_ray.session import cluster_cpus, quieten
+from hpgr.on_ray.session import autoscales, cluster_cpus, quieten
 from hpgr.on_ray.stream import RaySource
 from hpgr.training.two_stage import Run, Worker, train
 
@@ -67,14 +68,25 @@ def run_training(run: Run, say: Callable[[str], None]) -> dict[str, Any]:
     Raises:
         HpgrError: of the worker's kind, or a TrainingError with the cause.
     """
-    if run.config.resources.workers == 0:
+    resources = run.config.resources
+    if resources.workers == 0:
         torch.set_num_threads(os.cpu_count() or 1)
-        log = Log(run.folder, True)
-        try:
-            return train(run, Worker(LocalSource(), torch.device("cpu"), say, lambda _: None, log))
-        finally:
-            log.close()
-    return _on_workers(run, say)
+        return train_here(run, torch.device("cpu"), say, lambda _: None, test=True)
+    cpus = cpus_per_worker(run.config, cluster_cpus())
+    check_resources(run.config, cpus)
+    threads = max(1, int(cluster_cpus() // resources.workers))
+    return train_on_workers(run, say, Crew(cpus, threads))
+
+
+def train_here(
+    run: Run, device: torch.device, say: Callable[[str], None], report: Callable[[dict[str, Any]], None], test: bool
+) -> dict[str, Any]:
+    """Train in this process; `report` gets the figures of every validation."""
+    log = Log(run.folder, True)
+    try:
+        return train(run, Worker(LocalSource(), device, say, report, log), test)
+    finally:
+        log.close()
 
 
 class Mailbox:
@@ -120,16 +132,28 @@ class _Relay:
             time.sleep(0.5)
 
 
-def _on_workers(run: Run, say: Callable[[str], None]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Crew:
+    """What Ray Train workers get: CPUs reserved and threads of each on a CPU, callbacks of the controller."""
+
+    cpus: float
+    threads: int
+    callbacks: Sequence[Any] = ()
+    test: bool = True
+
+
+def train_on_workers(run: Run, say: Callable[[str], None], crew: Crew) -> dict[str, Any]:
+    """Train on as many Ray Train workers as the config asks for; raises as `run_training`."""
     resources = run.config.resources
-    cpus = cpus_per_worker(run.config, cluster_cpus())
-    check_resources(run.config, cpus)
-    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+    # On the driver's own node: it must outlive every other.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    mailbox = ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
     relay = _Relay(mailbox, say)
     thread = threading.Thread(target=relay.loop, daemon=True)
     payload = {
         "config": run.config.model_dump(mode="json"), "run": run.folder.uri, "prepared": run.prepared.folder.uri,
-        "mailbox": mailbox, "threads": max(1, int(cluster_cpus() // resources.workers)) if not resources.gpu else None,
+        "stage1": run.stage1 and run.stage1.uri, "index": run.index_folder.uri, "test": crew.test,
+        "mailbox": mailbox, "threads": None if resources.gpu else crew.threads,
     }  # fmt: skip
     storage, filesystem = _storage(run.folder)
     trainer = TorchTrainer(
@@ -139,18 +163,19 @@ def _on_workers(run: Run, say: Callable[[str], None]) -> dict[str, Any]:
         scaling_config=ray.train.ScalingConfig(
             num_workers=resources.workers,
             use_gpu=resources.gpu,
-            resources_per_worker={"CPU": cpus, **({"GPU": 1} if resources.gpu else {})},
+            resources_per_worker={"CPU": crew.cpus, **({"GPU": 1} if resources.gpu else {})},
         ),
         run_config=ray.train.RunConfig(
             name="ray_train",
             storage_path=storage,
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=resources.max_failures),
+            callbacks=list(crew.callbacks),
         ),
     )
     say(
         f"train: starting {resources.workers} Ray Train worker(s), "
-        f"{cpus:g} CPU{' and a GPU' if resources.gpu else ''} each"
+        f"{crew.cpus:g} CPU{' and a GPU' if resources.gpu else ''} each"
     )
     thread.start()
     failure: Exception | None = None
@@ -189,6 +214,8 @@ def cpus_per_worker(config: Config, cluster: float) -> float:
     resources = config.resources
     if resources.cpus_per_worker is not None:
         return resources.cpus_per_worker
+    if cluster < 1:  # an autoscaling cluster that has started nothing yet
+        return 1.0
     share = cluster / resources.workers - 2 * resources.data_cpus
     return max(1.0, float(int(share))) if share >= 1 else max(0.25, round(share, 2))
 
@@ -202,20 +229,13 @@ def check_resources(config: Config, cpus: float) -> None:
     have = ray.cluster_resources()
     workers = config.resources.workers
     need = {"CPU": workers * cpus, "GPU": float(workers * config.resources.gpu)}
-    if os.environ.get("RAY_ENABLE_AUTOSCALER") == "1" or _autoscales():
+    if autoscales():
         return
     for kind, amount in need.items():
         if amount > have.get(kind, 0.0):
             there = have.get(kind, 0.0)
             raise HpgrError(f"resources: {workers} worker(s) need {amount:g} {kind}, the cluster has {there:g}; "
                             "lower resources.workers or cpus_per_worker, or use a larger cluster")  # fmt: skip
-
-
-def _autoscales() -> bool:
-    """Whether an autoscaler watches this cluster (its status is kept in the cluster's internal store)."""
-    from ray.experimental.internal_kv import _internal_kv_get
-
-    return _internal_kv_get(b"__autoscaling_config") is not None
 
 
 def _worker(payload: dict[str, Any]) -> None:
@@ -225,12 +245,14 @@ def _worker(payload: dict[str, Any]) -> None:
     rank, mailbox = context.get_world_rank(), payload["mailbox"]
     if payload["threads"]:
         torch.set_num_threads(payload["threads"])
-    run = Run(config, Folder(payload["run"]), Prepared.open(Folder(payload["prepared"])))
+    stage1 = Folder(payload["stage1"]) if payload["stage1"] else None
+    prepared = Prepared.open(Folder(payload["prepared"]))
+    run = Run(config, Folder(payload["run"]), prepared, stage1, Folder(payload["index"]))
     source = RaySource(rank, context.get_world_size(), config.resources.data_cpus)
     log = Log(run.folder, active=rank == 0)
     say = lambda line: ray.get(mailbox.say.remote(line))
     try:
-        result = train(run, Worker(source, get_device(), say, lambda m: ray.train.report(m), log))
+        result = train(run, Worker(source, get_device(), say, lambda m: ray.train.report(m), log), payload["test"])
         if rank == 0:
             ray.get(mailbox.finish.remote(result))
     except HpgrError as error:

@@ -81,8 +81,8 @@ class _Loop:
         self.stage, self.context = stage, context
         self.model = stage.model.to(context.device)
         self.optimiser = make_optimiser(self.model, stage.optimiser)
-        steps = sum(len(group.batches) for group in stage.stream.plan(0))
-        self.schedule = make_schedule(self.optimiser, stage.optimiser, stage.epochs * steps)
+        self.steps = sum(len(group.batches) for group in stage.stream.plan(0))
+        self.schedule = make_schedule(self.optimiser, stage.optimiser, stage.epochs * self.steps)
         self.progress = Progress()
         self.checkpoints = context.folder.sub("checkpoints")
         self._restore()
@@ -214,7 +214,9 @@ class _Loop:
         )
         scalars = sums | {f"validation/{k}": float(v) for k, v in known.items()}
         self.context.log(stage.name, scalars, p.global_step)
-        self.context.report({"stage": stage.name, "epoch": p.epoch, "train_loss": sums["train_loss"], **known})
+        progress = p.epoch + p.step / self.steps
+        told = {"stage": stage.name, "epoch": p.epoch, "progress": progress, "step": p.global_step, **known}
+        self.context.report(told | {"train_loss": sums["train_loss"], f"best_{stage.metric}": p.best})
 
     def _keep_best(self) -> None:
         old, self.progress.best_file = (

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from hpgr.config import Config, dump
 from hpgr.data.preparation import Prepared
 from hpgr.data.stream import Source, StreamSpec
 from hpgr.errors import ArtifactError
-from hpgr.evaluation import click_scores, score
+from hpgr.evaluation import click_scores, score, scoring_cost
 from hpgr.metrics import auc
 from hpgr.model.embedding import Sizes
 from hpgr.model.hpgr import ClickModel
@@ -37,14 +39,31 @@ INDEXES = (
     "click-test",
 )
 
+ONLY_STAGE2 = ("layers", "silu_on", "match_features", "pgsa")
+"""Settings of the model that stage 1 does not have."""
+COST_STEPS = 4
+"""Validation batches on which the cost of scoring is measured."""
+
 
 @dataclass(frozen=True)
 class Run:
-    """A run: its configuration, folder and prepared log."""
+    """A run: its configuration, folder and prepared log.
+
+    Trials of a search share what they agree on: `stage1` and `index` name folders outside their own.
+    """
 
     config: Config
     folder: Folder
     prepared: Prepared
+    stage1: Folder | None = None
+    index: Folder | None = None
+
+    def stage_folder(self, stage: str) -> Folder:
+        return self.stage1 if stage == "stage1" and self.stage1 else self.folder.sub(stage)
+
+    @property
+    def index_folder(self) -> Folder:
+        return self.index or self.folder.sub("index")
 
     def spec(self, name: str) -> StreamSpec:
         """Stream of an index (one of INDEXES)."""
@@ -52,7 +71,7 @@ class Run:
         kind = name.partition("-")[0]
         spec = StreamSpec(
             prepared=self.prepared.folder.uri,
-            index=f"{self.folder.uri}/index/{name}.parquet",
+            index=f"{self.index_folder.uri}/{name}.parquet",
             kind=kind,  # type: ignore[arg-type]
             gap_minutes=config.stream.session_gap_minutes,
             batch_tokens=config.stream.batch_tokens if training else config.evaluation.batch_tokens,
@@ -95,8 +114,11 @@ class Worker:
     log: Callable[[str, dict[str, float], int], None]
 
 
-def train(run: Run, worker: Worker) -> dict[str, Any]:
-    """Both stages and the test; returns the run's figures, the same on every worker."""
+def train(run: Run, worker: Worker, test: bool = True) -> dict[str, Any]:
+    """Both stages and the test; returns the run's figures, the same on every worker.
+
+    Without `test` the test split stays unread; a later call with it finds the stages finished and only tests.
+    """
     torch.manual_seed(run.config.seed)
     torch.use_deterministic_algorithms(worker.device.type == "cpu")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -106,12 +128,16 @@ def train(run: Run, worker: Worker) -> dict[str, Any]:
     stage1: MaskedItemStage | None = None
     if run.config.stage1.enabled:
         stage1 = _masked_stage(run, items)
-        out["stage1"] = _finish(run, worker, stage1, out, lambda: _test_masked(run, worker, stage1))
+        tested = partial(_test_masked, run, worker, stage1) if test else None
+        out["stage1"] = _finish(run, worker, stage1, out, tested)
     stage2 = ClickStage(run.config, run.sizes(), run.spec("click-train"), run.spec("click-validation"))
     if stage1 is not None:
         stage2.model.inherit({k: v.cpu() for k, v in stage1.model.state_dict().items()})
-    out["stage2"] = _finish(run, worker, stage2, out, lambda: _test_click(run, worker, stage2.model, items))
-    out["baselines"] = out["stage2"]["test"].pop("baselines_auc")
+    tested = partial(_test_click, run, worker, stage2.model, items) if test else None
+    out["stage2"] = _finish(run, worker, stage2, out, tested)
+    out["stage2"]["cost"], out["seconds"]["scoring_a_million"] = _cost(run, worker, stage2.model)
+    if test:
+        out["baselines"] = out["stage2"]["test"].pop("baselines_auc")
     return out
 
 
@@ -121,23 +147,27 @@ def _masked_stage(run: Run, items: pa.Table) -> MaskedItemStage:
 
 
 def _finish(
-    run: Run, worker: Worker, stage: Stage, out: dict[str, Any], test: Callable[[], dict[str, Any]]
+    run: Run, worker: Worker, stage: Stage, out: dict[str, Any], test: Callable[[], dict[str, Any]] | None
 ) -> dict[str, Any]:
-    """A stage's figures: trained and tested now, or as the run folder has them."""
-    folder = run.folder.sub(stage.name)
-    done = distributed.from_first(_done(folder) if distributed.rank() == 0 else None)
+    """A stage's figures: trained and tested now, or as its folder has them."""
+    folder, first = run.stage_folder(stage.name), distributed.rank() == 0
+    done = distributed.from_first(_done(folder) if first else None)
     if done is None:
         start = time.monotonic()
         progress = fit(stage, _context(run, worker, folder))
-        done = _figures(progress) | {"test": test(), "settings": stage_key(run, stage.name)}
+        done = _figures(progress) | {"settings": stage_key(run.config, run.prepared, stage.name)}
         done["seconds"] += time.monotonic() - start - progress.seconds if progress.seconds else 0.0
-        if distributed.rank() == 0:
+        if first:
             folder.write_json("done.json", done)
     else:
         _check(done, run, stage.name)
         worker.say(f"{stage.name}: finished before, taking {folder.uri}/{done['best_file']}")
         stage.model.load_state_dict(checkpoint.from_bytes(folder.read(done["best_file"])))
         stage.model.to(worker.device)
+    if test is not None and "test" not in done:
+        done["test"] = test()
+        if first:
+            folder.write_json("done.json", done)
     out["curves"] += done.pop("curve")
     out["seconds"] |= {stage.name: done.pop("seconds"), f"{stage.name}_waiting_for_data": done.pop("waited")}
     done.pop("settings")
@@ -149,17 +179,24 @@ def _done(folder: Folder) -> dict[str, Any] | None:
 
 
 def _check(done: dict[str, Any], run: Run, stage: str) -> None:
-    if done["settings"] != stage_key(run, stage):
+    if done["settings"] != stage_key(run.config, run.prepared, stage):
         raise ArtifactError(
-            f"{run.folder.uri}/{stage} was trained on other data or with other settings; use another --run folder"
+            f"{run.stage_folder(stage).uri} was trained on other data or with other settings; use another --run folder"
         )
 
 
-def stage_key(run: Run, stage: str) -> str:
-    """Fingerprint of the settings that influence a stage."""
-    settings = dump(run.config)
-    names = ("seed", "stream", "model", "stage1", "evaluation") + (("stage2",) if stage == "stage2" else ())
-    return fingerprint([run.prepared.manifest["fingerprint"], *(settings[n] for n in names)])
+def stage_key(config: Config, prepared: Prepared, stage: str) -> str:
+    """Fingerprint of the prepared log and of the settings that influence a stage: equal keys, equal weights."""
+    settings = dump(config)
+    names = ("seed", "stream", "model", "stage1", "evaluation", "stage2")
+    chosen = {name: settings[name] for name in names}
+    if stage == "stage1":
+        del chosen["stage2"]
+        chosen["stream"].pop("stride")
+        for name in ONLY_STAGE2:
+            chosen["model"].pop(name)
+        chosen["model"]["sem"].pop("in_stage2")
+    return fingerprint([prepared.manifest["fingerprint"], *chosen.values()])
 
 
 def _figures(progress: Progress) -> dict[str, Any]:
@@ -198,8 +235,7 @@ def _context(run: Run, worker: Worker, folder: Folder) -> Context:
     )
 
 
-def _test_masked(run: Run, worker: Worker, stage: MaskedItemStage | None) -> dict[str, Any]:
-    assert stage is not None
+def _test_masked(run: Run, worker: Worker, stage: MaskedItemStage) -> dict[str, Any]:
     return stage.ranks(worker.source, run.spec("next_item-test"), worker.device)
 
 
@@ -227,3 +263,11 @@ def _test_click(run: Run, worker: Worker, model: ClickModel, items: pa.Table) ->
         "item click rate": auc(rate, label),
     }
     return click_scores(scores).compute() | {"baselines_auc": baselines}
+
+
+def _cost(run: Run, worker: Worker, model: ClickModel) -> tuple[dict[str, float], float]:
+    """Cost of scoring: history events a candidate attends to a layer, and seconds for a million candidates."""
+    steps = list(islice(worker.source.evaluation(run.spec("click-validation")), COST_STEPS))
+    parts = distributed.gather(scoring_cost(model, steps, worker.device))
+    candidates, keys, seconds = (sum(part[i] for part in parts) for i in range(3))
+    return {"keys": keys / max(candidates, 1)}, 1e6 * seconds / max(candidates, 1)

@@ -42,6 +42,7 @@ STYLE = {
     "xtick.color": "#5b6675",
     "ytick.color": "#5b6675",
     "text.color": INK,
+    "text.parse_math": False,
     "legend.frameon": False,
     "lines.linewidth": 1.8,
 }

@@ -1,34 +1,45 @@
 """The report of a run: one self-contained HTML page, and a summary that fits a terminal.
 
-A page is sections of blocks (text, table, figure); each `_section_...` function below turns one part of
-`ReportData` into a section and says in words what is missing. The template escapes every text.
+Each `_section_...` function turns one part of `ReportData` into a section and says in words what is missing.
 """
 
 from __future__ import annotations
 
-import math
-import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import jinja2
 import numpy as np
 import pyarrow as pa
 
-from hpgr import plots
 from hpgr.metrics import CUTOFFS, Bin, auc, auc_error, quantile_bins, roc_points
+from hpgr.report import plots
+from hpgr.report.page import (
+    CLICK_METRICS,
+    NONE,
+    Beside,
+    Block,
+    Card,
+    Code,
+    Drawing,
+    Json,
+    Section,
+    Table,
+    Text,
+    duration,
+    entry,
+    figures,
+    part,
+    real,
+    render_page,
+    screen,
+    share,
+    show,
+)
 from hpgr.schema import Array
 
-Json = Mapping[str, Any]
-NONE = "-"
-CLICK_METRICS = {"auc": "AUC", "gauc": "GAUC", "log_loss": "Log loss", "calibration": "Calibration"}
-CLICK_METRICS |= {"ndcg": "NDCG", "mrr": "MRR"}
 STAGE_METRIC = {"1": "ndcg@10", "2": "auc"}
-LINES, COLUMNS = 24, 100
-"""Size of the terminal summary."""
 
 
 @dataclass(frozen=True)
@@ -57,111 +68,14 @@ class ReportData:
     config_yaml: str = ""
 
 
-@dataclass(frozen=True)
-class Text:
-    kind: ClassVar[str] = "text"
-    text: str
-    tone: str = ""
-
-
-@dataclass(frozen=True)
-class Code:
-    kind: ClassVar[str] = "code"
-    title: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Drawing:
-    kind: ClassVar[str] = "figure"
-    title: str
-    src: str
-    caption: str
-
-
-@dataclass(frozen=True)
-class Table:
-    kind: ClassVar[str] = "table"
-    title: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    mark: int = -1
-
-
-@dataclass(frozen=True)
-class Beside:
-    kind: ClassVar[str] = "beside"
-    parts: Sequence[Table]
-
-
-Block = Text | Code | Drawing | Table | Beside
-
-
-@dataclass(frozen=True)
-class Section:
-    key: str
-    title: str
-    blocks: Sequence[Block]
-
-
 def render_report(data: ReportData) -> str:
     """One HTML page with inline style and plots, equal for equal data; loads nothing from elsewhere."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    page = {
-        "name": data.name,
-        "where": _where(data),
-        "cards": _cards(data),
-        "sections": [make(data) for make in SECTIONS],
-    }
-    return environment.get_template("report.html.j2").render(page=page)
-
-
-def _part(tree: Json, *path: str) -> Json:
-    """The mapping at a path, {} where there is none."""
-    node: Any = tree
-    for key in path:
-        node = node.get(key) if isinstance(node, Mapping) else None
-    return node if isinstance(node, Mapping) else {}
-
-
-def _real(value: Any) -> float | None:
-    """A finite number or None; metrics.json may hold null."""
-    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    return float(value) if number and math.isfinite(value) else None
-
-
-def _show(value: Any, digits: int = 4) -> str:
-    """A cell: 12,345 or 0.1234, text as it is, - for nothing."""
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return NONE
-    if isinstance(value, int | np.integer) and not isinstance(value, bool):
-        return f"{value:,}"
-    return f"{value:.{digits}f}" if isinstance(value, float | np.floating) else str(value)
-
-
-def _share(part: Any, whole: Any) -> str:
-    top, bottom = _real(part), _real(whole)
-    return NONE if top is None or not bottom else f"{top / bottom:.2%}"
+    return render_page(data.name, _where(data), _cards(data), [make(data) for make in SECTIONS])
 
 
 def _clicks(rows: Any, positives: Any) -> tuple[str, str, str]:
     """Cells: impressions, clicks, click rate."""
-    return _show(rows), _show(positives), _share(positives, rows)
-
-
-def _duration(value: Any) -> str:
-    """4.2 s, 3 min 20 s, 2 h 05 min."""
-    seconds = _real(value)
-    if seconds is None or seconds < 0:
-        return NONE
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    return show(rows), show(positives), share(positives, rows)
 
 
 def _time(value: Any) -> str:
@@ -169,54 +83,54 @@ def _time(value: Any) -> str:
     if isinstance(value, int):
         moment = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=value)
         return moment.strftime("%Y-%m-%d %H:%M:%S")
-    return _show(value)
+    return show(value)
 
 
 def _where(data: ReportData) -> str:
-    versions = [f"{name} {version}" for name, version in _part(data.metrics, "versions").items()]
+    versions = [f"{name} {version}" for name, version in part(data.metrics, "versions").items()]
     seed = data.metrics.get("seed")
     return " · ".join([data.run, *([] if seed is None else [f"seed {seed}"]), *versions])
 
 
-def _cards(data: ReportData) -> list[dict[str, str]]:
+def _cards(data: ReportData) -> list[Card]:
     """Headline figures of the test set."""
-    clicks, ranking = _part(data.metrics, "stage2", "test"), _part(data.metrics, "stage1", "test")
-    rows = f"{_show(clicks.get('n'))} test impressions"
-    users = f"{_show(clicks.get('users_in_gauc'))} users with both classes"
+    clicks, ranking = part(data.metrics, "stage2", "test"), part(data.metrics, "stage1", "test")
+    rows = f"{show(clicks.get('n'))} test impressions"
+    users = f"{show(clicks.get('users_in_gauc'))} users with both classes"
     cards = [
-        ("Test AUC", _show(clicks.get("auc")), _against_baseline(data.metrics) or rows),
-        ("Test GAUC", _show(clicks.get("gauc")), users),
-        ("Log loss", _show(clicks.get("log_loss")), rows),
-        ("Calibration", _show(clicks.get("calibration"), 3), "predicted / observed, 1 is right"),
+        Card("Test AUC", show(clicks.get("auc")), _against_baseline(data.metrics) or rows),
+        Card("Test GAUC", show(clicks.get("gauc")), users),
+        Card("Log loss", show(clicks.get("log_loss")), rows),
+        Card("Calibration", show(clicks.get("calibration"), 3), "predicted / observed, 1 is right"),
     ]
     if ranking:
-        hits = f"NDCG@10 {_show(ranking.get('ndcg@10'))}, whole catalogue"
-        cards.append(("Next item HR@10", _show(ranking.get("hr@10")), hits))
-    return [dict(zip(("label", "value", "hint"), card, strict=True)) for card in cards]
+        hits = f"NDCG@10 {show(ranking.get('ndcg@10'))}, whole catalogue"
+        cards.append(Card("Next item HR@10", show(ranking.get("hr@10")), hits))
+    return cards
 
 
 def _baselines(metrics: Json) -> dict[str, float]:
     """Baselines with a known AUC, best first."""
-    known = {str(name): _real(area) for name, area in _part(metrics, "baselines").items()}
+    known = {str(name): real(area) for name, area in part(metrics, "baselines").items()}
     return dict(sorted(((n, a) for n, a in known.items() if a is not None), key=lambda item: (-item[1], item[0])))
 
 
 def _against_baseline(metrics: Json) -> str:
     """Gap to the best baseline that a real system could use (the oracle knows the generator's truth)."""
-    ours = _real(_part(metrics, "stage2", "test").get("auc"))
+    ours = real(part(metrics, "stage2", "test").get("auc"))
     best = next(((n, a) for n, a in _baselines(metrics).items() if n != "oracle"), None)
     return "" if ours is None or best is None else f"{ours - best[1]:+.4f} to {best[0]} {best[1]:.4f}"
 
 
 def _section_results(data: ReportData) -> Section:
-    stage = _part(data.metrics, "stage2")
-    splits = {name: _part(stage, name) for name in ("validation", "test") if _part(stage, name)}
+    stage = part(data.metrics, "stage2")
+    splits = {name: part(stage, name) for name in ("validation", "test") if part(stage, name)}
     if not splits:
         return Section("results", "Results", [Text("Stage 2 was not evaluated in this run.")])
     shown = {key: name for key, name in CLICK_METRICS.items() if any(key in s for s in splits.values())}
     head = ["split", "impressions", "clicks", "click rate", *shown.values()]
     rows = [
-        [name, *_clicks(s.get("n"), s.get("positives")), *(_show(s.get(key)) for key in shown)]
+        [name, *_clicks(s.get("n"), s.get("positives")), *(show(s.get(key)) for key in shown)]
         for name, s in splits.items()
     ]
     blocks: list[Block] = [Table("", head, rows), *_baseline_blocks(data.metrics)]
@@ -224,8 +138,8 @@ def _section_results(data: ReportData) -> Section:
 
 
 def _baseline_blocks(metrics: Json) -> list[Block]:
-    test, baselines = _part(metrics, "stage2", "test"), _baselines(metrics)
-    ours = _real(test.get("auc"))
+    test, baselines = part(metrics, "stage2", "test"), _baselines(metrics)
+    ours = real(test.get("auc"))
     if not baselines or ours is None:
         return [Text("There are no baselines to compare with, or the model has no test AUC.")]
     model = "this model"
@@ -305,21 +219,21 @@ def _range(b: Bin) -> str:
 
 
 def _area(b: Bin) -> tuple[str, str]:
-    return ("one class only", NONE) if b.auc is None else (_show(b.auc), _show(b.error))
+    return ("one class only", NONE) if b.auc is None else (show(b.auc), show(b.error))
 
 
 def _section_ranking(data: ReportData) -> Section:
     """Stage 1 as a next-item model."""
-    key, title, stage = "ranking", "Stage 1: next item", _part(data.metrics, "stage1")
-    test = _part(stage, "test") or _part(stage, "validation")
+    key, title, stage = "ranking", "Stage 1: next item", part(data.metrics, "stage1")
+    test = part(stage, "test") or part(stage, "validation")
     if not test:
         return Section(key, title, [Text("Stage 1 was disabled or not evaluated in this run.")])
     names = [f"{name}@{k}" for name in ("HR", "NDCG") for k in CUTOFFS] + ["MRR"]
     rows = [
-        [who, _show(test.get(f"n{suffix}")), *(_show(test.get(n.lower() + suffix)) for n in names)]
+        [who, show(test.get(f"n{suffix}")), *(show(test.get(n.lower() + suffix)) for n in names)]
         for who, suffix in (("all", ""), ("unseen", "_unseen"))
     ]
-    split = "test" if _part(stage, "test") else "validation"
+    split = "test" if part(stage, "test") else "validation"
     text = f"Rank of the {split} target in the whole catalogue; unseen: it is not in the user's history."
     return Section(key, title, [Text(text), Table("", ["targets", "n", *names], rows)])
 
@@ -332,7 +246,7 @@ def _section_learning(data: ReportData) -> Section:
         if not loss.step:
             blocks.append(Text(f"Stage {stage} has no learning curve: it was disabled or logged nothing."))
             continue
-        validation = _curve((p.get("step"), _part(p, "validation").get(metric)) for p in points)
+        validation = _curve((p.get("step"), part(p, "validation").get(metric)) for p in points)
         rate = _curve((p.get("step"), p.get("lr")) for p in points)
         caption = f"{int(loss.step[-1]):,} optimiser steps; best by validation {metric.upper()}."
         blocks.append(Drawing(f"Stage {stage}", plots.learning_curves(loss, validation, metric.upper(), rate), caption))
@@ -341,29 +255,29 @@ def _section_learning(data: ReportData) -> Section:
 
 def _curve(pairs: Iterable[tuple[Any, Any]]) -> plots.Curve:
     """Pairs whose step and value are finite numbers, in step order."""
-    numbers = ((_real(step), _real(value)) for step, value in pairs)
+    numbers = ((real(step), real(value)) for step, value in pairs)
     known = sorted((s, v) for s, v in numbers if s is not None and v is not None)
     return plots.Curve([s for s, _ in known], [v for _, v in known])
 
 
 def _section_data(data: ReportData) -> Section:
-    account, facts = data.account, _part(data.metrics, "data")
+    account, facts = data.account, part(data.metrics, "data")
     if not account and not facts:
         return Section("data", "Data account", [Text("This run kept no data account.")])
     rows_in = facts.get("rows_in")
-    rows = [[key.replace("_", " "), _show(value), _share(value, rows_in)] for key, value in _rows_of(facts)]
-    sizes = [[key.replace("_", " "), _show(facts[key])] for key in facts if key not in dict(_rows_of(facts))]
+    rows = [[key.replace("_", " "), show(value), share(value, rows_in)] for key, value in _rows_of(facts)]
+    sizes = [[key.replace("_", " "), show(facts[key])] for key in facts if key not in dict(_rows_of(facts))]
     tables = [Table("Input rows", ["", "rows", "share"], rows)] if rows else []
-    reasons = sorted(_part(account, "quarantined").items(), key=lambda item: (-(_real(item[1]) or 0), item[0]))
+    reasons = sorted(part(account, "quarantined").items(), key=lambda item: (-(real(item[1]) or 0), item[0]))
     if reasons:
-        cells = [[name, _show(count), _share(count, rows_in)] for name, count in reasons]
+        cells = [[name, show(count), share(count, rows_in)] for name, count in reasons]
         tables.append(Table("Quarantined, by reason", ["reason", "rows", "share"], cells))
     if sizes:
         tables.append(Table("Kept", ["", "count"], sizes))
     tables += [
-        Table(key.replace("_", " ").capitalize(), ["", "count"], [[k, _show(v)] for k, v in part.items()])
-        for key, part in account.items()
-        if isinstance(part, Mapping) and part and key not in ("quarantined", "splits")
+        Table(key.replace("_", " ").capitalize(), ["", "count"], [[k, show(v)] for k, v in counts.items()])
+        for key, counts in account.items()
+        if isinstance(counts, Mapping) and counts and key not in ("quarantined", "splits")
     ]
     return Section("data", "Data account", [*_balance(facts), Beside(tables), *_split_table(account)])
 
@@ -374,7 +288,7 @@ def _rows_of(facts: Json) -> list[tuple[str, Any]]:
 
 def _balance(facts: Json) -> list[Block]:
     """Every input row is kept, quarantined or a duplicate; says so, or warns."""
-    parts = [_real(value) for _, value in _rows_of(facts)]
+    parts = [real(value) for _, value in _rows_of(facts)]
     if len(parts) < 4 or None in parts:
         return []
     rows_in, *where = [int(p) for p in parts if p is not None]
@@ -386,7 +300,7 @@ def _balance(facts: Json) -> list[Block]:
 
 
 def _split_table(account: Json) -> list[Block]:
-    splits = {str(name): _part(_part(account, "splits"), name) for name in _part(account, "splits")}
+    splits = {str(name): part(part(account, "splits"), name) for name in part(account, "splits")}
     if not splits:
         return []
     head = ["split", "impressions", "clicks", "click rate", "from (UTC)", "to (UTC)"]
@@ -405,13 +319,13 @@ def _section_sessions(data: ReportData) -> Section:
     }
     parts = []
     for key, (title, label) in wanted.items():
-        part = _part(data.sessions, key)
-        edges, counts = list(part.get("edges", ())), list(part.get("counts", ()))
+        histogram = part(data.sessions, key)
+        edges, counts = list(histogram.get("edges", ())), list(histogram.get("counts", ()))
         if counts and len(edges) == len(counts) + 1:
             parts.append(plots.Histogram(title, label, edges, counts))
     if not parts:
         return Section("sessions", "Sessions", [Text("This run kept no session statistics.")])
-    gap = _real(data.sessions.get("gap_minutes"))
+    gap = real(data.sessions.get("gap_minutes"))
     caption = "Counts per bin; a bin reaches from its left edge up to the next."
     if gap is not None:
         caption = f"A session ends where the next event is more than {gap:g} minutes away. {caption}"
@@ -419,10 +333,10 @@ def _section_sessions(data: ReportData) -> Section:
 
 
 def _section_run(data: ReportData) -> Section:
-    seconds, versions = _part(data.metrics, "seconds"), _part(data.metrics, "versions")
+    seconds, versions = part(data.metrics, "seconds"), part(data.metrics, "versions")
     tables = []
     if seconds:
-        tables.append(Table("Time", ["part", "took"], [[k, _duration(v)] for k, v in seconds.items()]))
+        tables.append(Table("Time", ["part", "took"], [[k, duration(v)] for k, v in seconds.items()]))
     if versions:
         tables.append(Table("Versions", ["package", "version"], [[k, str(v)] for k, v in versions.items()]))
     blocks: list[Block] = [Beside(tables)] if tables else []
@@ -447,40 +361,18 @@ def summary_text(metrics: Json, run: str, next_commands: Sequence[str]) -> str:
     """What a run did on one screen: at most 24 lines of at most 100 columns (a longer word, such as a path
     to copy, stays whole). `metrics` as in `ReportData`; `files` {report, checkpoint} may name paths.
     """
-    facts, clicks = _part(metrics, "data"), _part(metrics, "stage2", "test")
-    ranking, files = _part(metrics, "stage1", "test"), _part(metrics, "files")
-    account = ", ".join(f"{key.replace('_', ' ')} {_show(value)}" for key, value in facts.items())
+    facts, clicks = part(metrics, "data"), part(metrics, "stage2", "test")
+    ranking, files = part(metrics, "stage1", "test"), part(metrics, "files")
+    account = ", ".join(f"{key.replace('_', ' ')} {show(value)}" for key, value in facts.items())
     beside = ", ".join(f"{name} {area:.4f}" for name, area in _baselines(metrics).items())
-    took = ", ".join(f"{name} {_duration(value)}" for name, value in _part(metrics, "seconds").items())
+    took = ", ".join(f"{name} {duration(value)}" for name, value in part(metrics, "seconds").items())
     lines = [
-        *_entry("data", account or "no account"),
-        *_entry("stage 1", _figures(ranking, ("hr@10", "ndcg@10", "hr@10_unseen", "n")) or "disabled"),
-        *_entry("stage 2", _figures(clicks, (*CLICK_METRICS, "n")) or "not evaluated"),
-        *_entry("baselines", f"AUC of {beside}" if beside else "none"),
-        *_entry("time", took or "not recorded"),
-        *_entry("report", str(files.get("report", f"{run}/report.html"))),
-        *_entry("checkpoint", str(files.get("checkpoint", f"{run}/checkpoint"))),
+        *entry("data", account or "no account"),
+        *entry("stage 1", figures(ranking, ("hr@10", "ndcg@10", "hr@10_unseen", "n")) or "disabled"),
+        *entry("stage 2", figures(clicks, (*CLICK_METRICS, "n")) or "not evaluated"),
+        *entry("baselines", f"AUC of {beside}" if beside else "none"),
+        *entry("time", took or "not recorded"),
+        *entry("report", str(files.get("report", f"{run}/report.html"))),
+        *entry("checkpoint", str(files.get("checkpoint", f"{run}/checkpoint"))),
     ]
-    commands = [line for command in next_commands for line in _command(command)]
-    room = LINES - len(lines) - 1
-    return "\n".join([*lines, *(["next:", *commands[:room]] if commands else [])])
-
-
-def _figures(figures: Json, keys: Sequence[str]) -> str:
-    return ", ".join(f"{CLICK_METRICS.get(k, k)} {_show(figures[k])}" for k in keys if k in figures)
-
-
-def _entry(name: str, text: str) -> list[str]:
-    """`name` in a column of 12, the text wrapped beside it, three lines at most."""
-    wrapped = textwrap.wrap(
-        text, COLUMNS - 12, max_lines=3, placeholder=" …", break_long_words=False, break_on_hyphens=False
-    )
-    return [f"{name if i == 0 else '':<12}{line}" for i, line in enumerate(wrapped)]
-
-
-def _command(command: str) -> list[str]:
-    """The command, broken after words with a backslash where it is long, so that it can still be pasted."""
-    wrapped = textwrap.wrap(
-        command, COLUMNS - 6, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
-    )
-    return [f"  {line} \\" for line in wrapped[:-1]] + [f"  {line}" for line in wrapped[-1:]]
+    return screen(lines, next_commands)

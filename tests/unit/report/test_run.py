@@ -7,14 +7,14 @@ import itertools
 import re
 from dataclasses import replace
 from functools import cache
-from html.parser import HTMLParser
 
 import matplotlib
 import numpy as np
 import pyarrow as pa
 import pytest
+from helpers_page import Page
 
-from hpgr.report import ReportData, render_report, summary_text
+from hpgr.report.run import ReportData, render_report, summary_text
 
 DAY = 86_400_000_000
 
@@ -100,36 +100,6 @@ def light() -> ReportData:
 @cache
 def full_page() -> str:
     return render_report(full())
-
-
-class Page(HTMLParser):
-    """Tags, visible words and addresses of a page; fails on tags that do not nest."""
-
-    VOID = frozenset({"meta", "img", "link", "br", "hr"})
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.links: list[str] = []
-        self.ids: list[str] = []
-        self.words = ""
-        self.feed(html)
-        assert not self.open, f"never closed: {self.open}"
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.links += [value for name, value in attrs if name in ("src", "href")]
-        self.ids += [value for name, value in attrs if name == "id"]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if "style" not in self.open:
-            self.words += data + " "
 
 
 def test_page_is_self_contained_and_its_contents_lead_somewhere():

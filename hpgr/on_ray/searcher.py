@@ -1,0 +1,198 @@
+"""What Ray Tune asks for trials: draws from the study, in an order that computes no stage 1 twice."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow.fs as pafs
+from ray.tune.schedulers import AsyncHyperBandScheduler
+from ray.tune.search import Searcher
+
+from hpgr.artifacts import Folder
+from hpgr.config import dump
+from hpgr.on_ray.trials import DONE, FAILED
+from hpgr.report.trials import TrialRow
+from hpgr.search.space import Space
+from hpgr.search.study import Draw, Study
+
+TIME, METRIC = "progress", "best_auc"
+"""Report keys that ASHA compares trials by: epochs of stage 2 done, and best validation AUC so far."""
+
+
+@dataclass
+class Clock:
+    """Seconds that the search has run, all sessions together."""
+
+    before: float
+    start: float = field(default_factory=time.monotonic)
+
+    def __call__(self) -> float:
+        return self.before + time.monotonic() - self.start
+
+
+@dataclass
+class _Running:
+    draw: Draw
+    before: float
+    """Seconds of earlier attempts."""
+    seconds: float = 0.0
+
+
+class StudySearcher(Searcher):  # type: ignore[misc]
+    """Serves what was interrupted, then new draws. One whose stage 1 another trial is computing waits its turn while
+    others are served."""
+
+    def __init__(self, study: Study, space: Space, folder: Folder, clock: Clock, say: Callable[[str], None]) -> None:
+        super().__init__(metric=METRIC, mode="max")
+        self._study, self._space, self._folder, self._clock, self._say = study, space, folder, clock, say
+        self._waiting = deque(study.interrupted())
+        self._running: dict[str, _Running] = {}
+        self._ready: set[str] = set()
+        self._exhausted = False
+
+    @property
+    def waiting(self) -> list[int]:
+        """Numbers of draws that wait for a stage 1 or for their turn."""
+        return [draw.number for draw in self._waiting]
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next trial's settings, None to wait, FINISHED when all is asked."""
+        draw = self._next()
+        if draw is None:
+            return None if self._waiting or self._more() else Searcher.FINISHED
+        row = self._study.rows()[draw.number]
+        self._running[trial_id] = _Running(draw, row.seconds)
+        if row.started is None:
+            owns = bool(draw.stage1) and not self._is_ready(draw.stage1)
+            self._study.note(draw.number, started=self._clock(), owns=owns)
+        self._study.note(draw.number, phase="starting")
+        return {
+            "number": draw.number,
+            "folder": self._folder.sub("trials").sub(draw.name).uri,
+            "stage1": draw.stage1,
+            "config": dump(draw.config),
+        }
+
+    def _next(self) -> Draw | None:
+        for draw in list(self._waiting):
+            if not self._is_computed_elsewhere(draw):
+                self._waiting.remove(draw)
+                return draw
+        # As many may wait as run: beyond that, draws would only be made with less knowledge.
+        while self._more() and len(self._waiting) <= len(self._running):
+            new = self._study.ask()
+            if new is None:
+                self._exhausted = True
+                self._say(f"search: space {self._space.name} has no further configuration")
+                return None
+            if not self._is_computed_elsewhere(new):
+                return new
+            self._waiting.append(new)
+        return None
+
+    def _more(self) -> bool:
+        """Whether the budget allows another draw."""
+        hours = self._space.budget.hours
+        late = hours is not None and self._clock() > 3600 * hours
+        return not self._exhausted and not late and self._study.tried() < self._space.budget.trials
+
+    def _is_computed_elsewhere(self, draw: Draw) -> bool:
+        busy = {r.draw.stage1 for r in self._running.values()}
+        return bool(draw.stage1) and draw.stage1 in busy and not self._is_ready(draw.stage1)
+
+    def _is_ready(self, stage1: str) -> bool:
+        if stage1 not in self._ready and self._folder.exists(f"stage1/{stage1}/done.json"):
+            self._ready.add(stage1)
+        return stage1 in self._ready
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Write down a validation."""
+        running = self._running.get(trial_id)
+        if running is None or "stage" not in result:
+            return
+        seconds = result.get("seconds", result.get("time_total_s", 0.0))
+        if seconds < running.seconds:  # Tune has started the trial anew
+            running.before += running.seconds
+        running.seconds = seconds
+        number = running.draw.number
+        if result["stage"] in (DONE, FAILED):
+            return
+        phase = f"{result['stage']} epoch {result['epoch']}"
+        self._study.note(number, phase=phase, seconds=running.before + seconds)
+        if result.get(METRIC) is not None:
+            self._study.note(number, auc=result[METRIC])
+            self._study.report(number, result[TIME], result[METRIC], result["step"])
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Write down how a trial ended."""
+        result = result or {}
+        self.on_trial_result(trial_id, result)  # Tune keeps the one that the scheduler stopped at to itself
+        running = self._running.pop(trial_id, None)
+        if running is None:
+            return
+        draw = running.draw
+        kept: dict[str, Any] = {"stopped": self._clock(), "seconds": running.before + running.seconds, "phase": ""}
+        row = self._study.rows()[draw.number]
+        if self._study.owns(draw.number) and self._is_ready(draw.stage1):
+            kept["stage1_seconds"] = self._folder.read_json(f"stage1/{draw.stage1}/done.json")["seconds"]
+        stage = result.get("stage")
+        if stage == FAILED or error:
+            told = result.get("error") or self._crash(draw)
+            state, kept = "failed", kept | {"error": told}
+        elif stage == DONE and result["auc"] is None:
+            state, kept = "failed", kept | {"error": "validation has clicks of one class only, so there is no AUC"}
+        elif stage == DONE:
+            state, kept = "finished", kept | {k: result[k] for k in ("auc", "keys", "seconds_a_million")}
+        else:
+            state = "pruned"
+        self._study.finish(draw.number, state, **kept)
+        self._study.remember("seconds", self._clock())
+        self._tell(draw, state, kept, row)
+
+    def _crash(self, draw: Draw) -> str:
+        folder = self._folder.sub("trials").sub(draw.name)
+        if folder.exists("error.txt"):
+            return folder.read("error.txt").decode(errors="replace")[:2000]
+        return "its process died without a word, again and again (out of memory?)"
+
+    def _tell(self, draw: Draw, state: str, kept: dict[str, Any], row: TrialRow) -> None:
+        auc = kept.get("auc", row.auc)
+        figure = f" auc {auc:.4f}" if auc is not None else ""
+        values = " ".join(f"{path.rpartition('.')[2]}={_short(value)}" for path, value in draw.values.items())
+        reason = f" ({kept['error'].splitlines()[0][:160]})" if "error" in kept else ""
+        self._say(f"trial {draw.number}: {state}{figure} after {kept['seconds']:.0f} s | {values}{reason}")
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the study is the state."""
+        with pafs.LocalFileSystem().open_output_stream(checkpoint_path):
+            pass
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: the study is the state."""
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def asha(space: Space, epochs: int, past: list[TrialRow]) -> AsyncHyperBandScheduler:
+    """ASHA on validation AUC by epoch, knowing what earlier sessions of the search have seen."""
+    scheduler = AsyncHyperBandScheduler(
+        time_attr=TIME,
+        metric=METRIC,
+        mode="max",
+        max_t=epochs + 1,  # it stops what reaches max_t, and a trial still has its last report to make
+        grace_period=min(space.scheduler.grace_epochs, epochs),
+        reduction_factor=space.scheduler.reduction,
+    )
+    for row in past:
+        stand_in = SimpleNamespace(trial_id=f"past-{row.number}")
+        scheduler.on_trial_add(None, stand_in)
+        for progress, auc in row.curve:
+            scheduler.on_trial_result(None, stand_in, {TIME: progress, METRIC: auc})
+    return scheduler

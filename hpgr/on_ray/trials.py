@@ -1,0 +1,113 @@
+"""One trial of a search, in its own process: train both stages without reading the test split, report validations."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import ray.tune
+import torch
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from hpgr.artifacts import Folder
+from hpgr.config import Config, validate
+from hpgr.data.preparation import Prepared, in_process
+from hpgr.data.stream import build_index
+from hpgr.errors import HpgrError
+from hpgr.on_ray.session import quieten
+from hpgr.on_ray.train import Crew, train_here, train_on_workers
+from hpgr.training.two_stage import INDEXES, Run
+
+DATA_TASKS = 2
+"""Data tasks beside each Ray Train worker of a trial."""
+DONE, FAILED = "done", "failed"
+"""Last report of a trial: `stage` is one of these."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where trials find what they share."""
+
+    prepared: str
+    stage1: str
+    index: str
+
+
+def cpus_of(config: Config) -> float:
+    """CPUs of a worker of a trial: one unless configured."""
+    return config.resources.cpus_per_worker or 1.0
+
+
+def nested(config: Config) -> bool:
+    """Whether a trial starts Ray Train workers; with one it trains in the trial's own process, which is quicker."""
+    return config.resources.workers > 1
+
+
+def demand(config: Config) -> dict[str, float]:
+    """Resources of a whole trial."""
+    resources, cpus = config.resources, cpus_of(config)
+    if not nested(config):
+        return {"CPU": cpus, **({"GPU": 1.0} if resources.gpu else {})}
+    data = DATA_TASKS * resources.data_cpus
+    return {
+        "CPU": resources.workers * (cpus + data),
+        **({"GPU": float(resources.workers)} if resources.gpu else {}),
+    }
+
+
+def reserved(config: Config) -> dict[str, float]:
+    """Resources that Tune reserves: a trial that starts workers is itself next to nothing."""
+    return {"CPU": 0.01} if nested(config) else demand(config)
+
+
+def trial(settings: dict[str, Any], place: Place) -> None:
+    """Tune's function. A user's or numerical error ends the trial alone; anything else is tried again by Tune."""
+    quieten()
+    run = _run(validate(settings["config"]), Folder(settings["folder"]), settings["stage1"], place)
+    start = time.monotonic()
+
+    def report(told: dict[str, Any]) -> None:
+        ray.tune.report(told | {"seconds": time.monotonic() - start})
+
+    try:
+        figures = _trained(run, report)
+    except HpgrError as error:
+        return report({"stage": FAILED, "error": str(error)})
+    except Exception as error:
+        run.folder.write("error.txt", f"{type(error).__name__}: {error}".encode())
+        raise
+    stage2 = figures["stage2"]
+    return report({
+        "stage": DONE,
+        "auc": stage2["validation"]["auc"],
+        "keys": stage2["cost"]["keys"],
+        "seconds_a_million": figures["seconds"]["scoring_a_million"],
+    })  # fmt: skip
+
+
+def _run(config: Config, folder: Folder, stage1: str, place: Place) -> Run:
+    """The trial's run; windows are shared by trials that cut alike."""
+    prepared = Prepared.open(Folder(place.prepared))
+    run = Run(config, folder, prepared, Folder(place.stage1).sub(stage1) if stage1 else None, index_of(config, place))
+    for name in INDEXES:
+        build_index(prepared, config, run.index_folder, name, in_process)
+    return run
+
+
+def index_of(config: Config, place: Place) -> Folder:
+    """Folder of the windows that a configuration cuts."""
+    cut = config.stream
+    return Folder(place.index).sub(f"{cut.window}-{cut.stride}-{config.evaluation.next_item_users}")
+
+
+def _trained(run: Run, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    config, threads = run.config, max(1, int(cpus_of(run.config)))
+    if nested(config):
+        crew = Crew(cpus_of(config), threads, [TuneReportCallback()], test=False)
+        return train_on_workers(run, partial(print, flush=True), crew)
+    torch.set_num_threads(threads)
+    device = torch.device("cuda" if config.resources.gpu else "cpu")
+    return train_here(run, device, partial(print, flush=True), report, test=False)

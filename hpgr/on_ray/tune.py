@@ -1,0 +1,361 @@
+"""Search a space over the cluster with Ray Tune; everything worth keeping is in the run folder."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import ray
+import ray.tune
+from rich.live import Live
+from rich.text import Text
+
+from hpgr.artifacts import FORMAT, Folder, absolute, check_format
+from hpgr.config import Config, dump, to_yaml, validate
+from hpgr.data.stream import build_index
+from hpgr.errors import ArtifactError, ConfigError, HpgrError, TrainingError
+from hpgr.on_ray.parallel import RayExecute
+from hpgr.on_ray.pipeline import Request, Say, prepared_log, two_stage, versions
+from hpgr.on_ray.searcher import Clock, StudySearcher, asha
+from hpgr.on_ray.session import most_cpus, session
+from hpgr.on_ray.trials import Place, demand, index_of, nested, reserved, trial
+from hpgr.report.search import board, render_search
+from hpgr.report.trials import Dimension, SearchData, TrialRow
+from hpgr.search import space as spaces
+from hpgr.search.space import Distribution, Space, parse_space, read_space
+from hpgr.search.study import VOID, Study
+from hpgr.training.two_stage import INDEXES, stage_key
+
+LOOK_EVERY_SECONDS = 2.0
+BOARD_EVERY_SECONDS = 60.0
+"""How often the table is printed where it cannot be redrawn in place."""
+UNKNOWN_ROOM = 8
+"""Trials at once on a cluster whose autoscaler does not say how far it goes, and the space neither."""
+FREE_ON_RESUME = ("resources", "checkpoints")
+
+
+@dataclass(frozen=True)
+class SearchRequest:
+    """What the job was asked; `config` and `space` None with `resume`: the folder's own."""
+
+    run: str
+    config: Config | None
+    space: Space | None
+    resume: bool
+
+
+def search(request: SearchRequest, say: Say) -> tuple[dict[str, Any], SearchData]:
+    """Run, or go on with, a search; returns search.json and what its report shows.
+
+    Raises:
+        HpgrError: the space does not fit, the cluster can never run a trial, or no trial finished.
+    """
+    config, space, folder = open_search(request)
+    with session(say):
+        most = room(config, space)
+        execute = RayExecute(say)
+        prepared = prepared_log(config, execute, say)
+        place = Place(prepared.folder.uri, folder.sub("stage1").uri, folder.sub("index").uri)
+        for name in INDEXES:
+            build_index(prepared, config, index_of(config, place), name, execute)
+        study = Study(folder, space, config, lambda c: stage_key(c, prepared, "stage1"))
+        job = _Search(config, space, folder, study, place, say)
+        with job.watched() as searcher:
+            job.run(searcher, most)
+            tested = job.promote()
+        return job.conclude(tested)
+
+
+def room(config: Config, space: Space) -> int:
+    """How many trials may run at once.
+
+    Raises:
+        HpgrError: the cluster can never run one.
+    """
+    need, have = demand(config), most_cpus()
+    if space.concurrency is not None:
+        return space.concurrency
+    if have is None:
+        return UNKNOWN_ROOM
+    if need["CPU"] > have:
+        raise HpgrError(f"resources: a trial needs {need['CPU']:g} CPU, the cluster has {have:g}; lower "
+                        "resources.workers or resources.cpus_per_worker")  # fmt: skip
+    return max(1, int(have // need["CPU"]))
+
+
+def open_search(request: SearchRequest) -> tuple[Config, Space, Folder]:
+    """The search's settings and folder; a new folder gets them written.
+
+    Raises:
+        ArtifactError: the folder holds a search and `resume` was not asked, or the reverse, or something else.
+        ConfigError: the space does not fit the configuration, or a resumed search would change its settings.
+    """
+    folder = Folder(absolute(request.run))
+    if not folder.exists("run.json"):
+        if request.resume:
+            raise ArtifactError(f"--resume: there is no search in {folder.uri}; leave --resume out to start one there")
+        assert request.config is not None
+        assert request.space is not None
+        spaces.check(request.space, request.config)
+        folder.write("config.yaml", to_yaml(request.config).encode())
+        folder.write("space.yaml", spaces.to_yaml(request.space).encode())
+        folder.write_json("run.json", _identity(request.config, request.space))
+        return request.config, request.space, folder
+    stored = folder.read_json("run.json")
+    check_format(stored, f"run folder {folder.uri}")
+    if stored.get("kind") != "search":
+        raise ArtifactError(f"{folder.uri} holds a run of another job, not a search; give another --run")
+    if not request.resume:
+        raise ArtifactError(
+            f"{folder.uri} already holds a search; add --resume to go on with it, or give another --run"
+        )
+    config, space = validate(stored["config"]), parse_space(stored["space"])
+    _refuse_change(stored, request)
+    return request.config or config, request.space or space, folder
+
+
+def stored_space(run: str, overrides: Sequence[str]) -> Space | None:
+    """The space of a search that goes on, changed by overrides; None if nothing is to change.
+
+    Raises:
+        ArtifactError: there is no search in the folder.
+    """
+    folder = Folder(absolute(run))
+    return read_space(folder.read("space.yaml").decode(), f"{folder.uri}/space.yaml", overrides) if overrides else None
+
+
+def _identity(config: Config, space: Space) -> dict[str, Any]:
+    plain = space.model_dump(mode="json", exclude_defaults=True)
+    return {"format": FORMAT, "kind": "search", "config": dump(config), "space": plain, "versions": versions()}
+
+
+def _refuse_change(stored: dict[str, Any], request: SearchRequest) -> None:
+    """Only resources and the budget of a search may change when it goes on."""
+    changed = []
+    if request.config is not None:
+        new = dump(request.config)
+        changed += [k for k, v in new.items() if v != stored["config"][k] and k not in FREE_ON_RESUME]
+    if request.space is not None:
+        old, now = parse_space(stored["space"]).model_dump(), request.space.model_dump()
+        changed += [f"space.{k}" for k in old if old[k] != now[k] and k not in ("budget", "concurrency")]
+    if changed:
+        raise ConfigError(f"--resume goes on with the search's own settings, but {', '.join(changed)} differ(s); leave "
+                          "--config, --space and --set out (the budget may change), or start anew")  # fmt: skip
+
+
+@dataclass
+class _Search:
+    config: Config
+    space: Space
+    folder: Folder
+    study: Study
+    place: Place
+    say: Say
+    clock: Clock = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.clock = Clock(self.study.memory("seconds", 0.0))
+
+    @contextmanager
+    def watched(self) -> Iterator[StudySearcher]:
+        """Counts nodes and shows the table for the block; yields the searcher that it looks at."""
+        searcher = StudySearcher(self.study, self.space, self.folder, self.clock, self.say)
+        watch = _Watch(self, searcher)
+        watch.start()
+        try:
+            yield searcher
+        finally:
+            watch.stop()
+            self.study.remember("seconds", self.clock())
+
+    def run(self, searcher: StudySearcher, most: int) -> None:
+        """Try configurations, `most` at once, until the budget is used."""
+        states = [row.state for row in self.study.rows() if row.state not in VOID]
+        if states:
+            self.say(f"search: going on; {states.count('finished')} trials finished, {states.count('pruned')} pruned, "
+                     f"{states.count('running')} interrupted")  # fmt: skip
+        if self.study.tried() >= self.space.budget.trials and "running" not in states:
+            self.say("search: all trials of the budget are done; a larger space.budget.trials would go on")
+            return
+        each = f"{demand(self.config)['CPU']:g} CPU"
+        if nested(self.config):
+            each = f"{self.config.resources.workers} Ray Train workers, {each} in all"
+        self.say(f"search: {self.space.budget.trials} trials, up to {most} at once, each with {each}")
+        try:
+            self._tuner(searcher, most).fit()
+        finally:
+            self.folder.delete("ray_tune")
+
+    def _tuner(self, searcher: StudySearcher, most: int) -> ray.tune.Tuner:
+        scheduler = None
+        if self.space.scheduler.kind == "asha":
+            scheduler = asha(self.space, self.config.stage2.epochs, self.study.rows())
+        filesystem, path = self.folder.path()
+        return ray.tune.Tuner(
+            ray.tune.with_resources(partial(trial, place=self.place), reserved(self.config)),
+            tune_config=ray.tune.TuneConfig(
+                search_alg=searcher,
+                scheduler=scheduler,
+                num_samples=-1,
+                max_concurrent_trials=most,
+                trial_dirname_creator=lambda t: f"{t.config['number']:04d}",
+            ),
+            run_config=ray.tune.RunConfig(
+                name="ray_tune",
+                storage_path=path,
+                storage_filesystem=None if self.folder.is_local else filesystem,
+                failure_config=ray.tune.FailureConfig(max_failures=self.config.resources.max_failures),
+                verbose=0,
+            ),
+        )
+
+    def promote(self) -> tuple[int, dict[str, Any]]:
+        """Make the best trial's folder a whole run: with its stage 1, tested, with a report of its own.
+
+        Raises:
+            TrainingError: no trial finished.
+        """
+        best = self.study.best()
+        if best is None:
+            errors = [row.error.splitlines()[0] for row in self.study.rows() if row.error]
+            raise TrainingError(f"no trial finished; {len(errors)} failed, the first with: {(errors or ['-'])[0]}")
+        draw = self.study.draw_of(best)
+        run = self.folder.sub("trials").sub(draw.name)
+        if draw.stage1 and not run.exists("stage1/done.json"):
+            shared = self.folder.sub("stage1").sub(draw.stage1)
+            for name in (shared.read_json("done.json")["best_file"], "done.json"):
+                run.write(f"stage1/{name}", shared.read(name))
+        windows = index_of(draw.config, self.place)
+        for name in windows.entries():
+            if not run.exists(f"index/{name}"):
+                run.write(f"index/{name}", windows.read(name))
+        self.say(f"search: testing trial {best}, the best")
+        config = draw.config
+        if not nested(config) and not config.resources.gpu:
+            here = config.resources.model_copy(update={"workers": 0})
+            config = config.model_copy(update={"resources": here})
+        metrics, _ = two_stage(Request(run.uri, config, run.exists("run.json")), lambda _: None)
+        return best, metrics
+
+    def conclude(self, tested: tuple[int, dict[str, Any]]) -> tuple[dict[str, Any], SearchData]:
+        """Write best.yaml, search.json and the report."""
+        best, metrics = tested
+        draw, test = self.study.draw_of(best), metrics["stage2"]["test"]
+        data = self.data(best, test)
+        rows = {row.number: row for row in data.trials}
+        start = rows.get(0)
+        files = {"run": metrics["files"]["report"].removesuffix("/report.html")} | metrics["files"]
+        result = {
+            "best": {"trial": best, "auc": rows[best].auc, "values": draw.values, "test": test, **files},
+            **data.account,
+            "default": {"trial": 0, "auc": start.auc} if start is not None else None,
+            "pareto": list(data.pareto),
+            "history": [_plain(row) for row in data.trials],
+            "nodes": [list(point) for point in data.nodes],
+            "versions": versions(),
+        }
+        self.folder.write("best.yaml", to_yaml(draw.config).encode())
+        self.folder.write("report.html", render_search(data).encode())
+        self.folder.write_json("search.json", result)
+        return result, data
+
+    def data(self, best: int | None, test: dict[str, Any]) -> SearchData:
+        """What the page, the summary and the live table show."""
+        rows = self.study.rows()
+        return SearchData(
+            name=self.space.name,
+            run=self.folder.uri,
+            config_yaml=to_yaml(self.config),
+            space_yaml=spaces.to_yaml(self.space),
+            dimensions=[_dimension(path, d) for path, d in self.space.parameters.items()],
+            cost_name=COSTS[self.space.objectives[-1]],
+            trials=rows,
+            importance=self.study.importance() if best is not None else {},
+            pareto=self.study.pareto(),
+            best=best,
+            default=next((r.number for r in rows if r.number == 0), None),
+            test=test,
+            account=self._account(rows),
+            nodes=[tuple(point) for point in self.study.memory("nodes", [])],
+        )
+
+    def _account(self, rows: list[TrialRow]) -> dict[str, Any]:
+        """Counts and costs, all sessions of the search together."""
+        shared = self.folder.sub("stage1")
+        took = {key[:8]: shared.read_json(f"{key}/done.json")["seconds"] for key in shared.entries()
+                if shared.exists(f"{key}/done.json")}  # fmt: skip
+        reused = [row for row in rows if row.stage1 in took and row.curve and not row.stage1_seconds]
+        states = [row.state for row in rows]
+        seconds, nodes = self.clock(), self.study.memory("nodes", [])
+        ends = [at for at, _, _ in nodes[1:]] + [seconds]
+        return {
+            "trials": sum(state not in VOID for state in states),
+            **{f"trials_{state}": states.count(state) for state in ("finished", "pruned", "failed")},
+            "repeats": states.count("repeated"),
+            "stage1_computed": len(took),
+            "stage1_reused": len(reused),
+            "stage1_seconds_saved": sum(took[row.stage1] for row in reused),
+            "seconds": seconds,
+            "training_seconds": sum(row.seconds for row in rows),
+            "node_hours": sum(n * (end - at) for (at, n, _), end in zip(nodes, ends, strict=True)) / 3600,
+        }
+
+
+class _Watch(threading.Thread):
+    """Counts the cluster's nodes, and keeps one screen of the search in view."""
+
+    def __init__(self, job: _Search, searcher: StudySearcher) -> None:
+        super().__init__(daemon=True)
+        self._job, self._searcher, self._over = job, searcher, threading.Event()
+
+    def run(self) -> None:
+        shown = time.monotonic()
+        with Live(auto_refresh=False, transient=True) if sys.stdout.isatty() else nullcontext() as screen:
+            while not self._over.wait(LOOK_EVERY_SECONDS):
+                self._count()
+                if screen is not None:
+                    screen.update(Text(self._board()), refresh=True)
+                elif time.monotonic() - shown > BOARD_EVERY_SECONDS:
+                    shown = time.monotonic()
+                    print(self._board(), flush=True)
+
+    def stop(self) -> None:
+        self._over.set()
+        self.join()
+        self._count()
+
+    def _board(self) -> str:
+        waiting = set(self._searcher.waiting)
+        data = self._job.data(self._job.study.best(), {})
+        rows = [replace(row, state="waiting") if row.number in waiting else row for row in data.trials]
+        return board(replace(data, trials=rows), self._job.clock())
+
+    def _count(self) -> None:
+        """Note the nodes that can work, when they change."""
+        alive = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
+        now = [round(self._job.clock(), 1), len(alive), sum(node["Resources"]["CPU"] for node in alive)]
+        known = self._job.study.memory("nodes", [])
+        if not known or known[-1][1:] != now[1:]:
+            self._job.study.remember("nodes", [*known, now])
+
+
+def _dimension(path: str, distribution: Distribution) -> Dimension:
+    if distribution.choice is not None:
+        return Dimension(path, "category", choices=tuple(distribution.choice))
+    low, high = distribution.ends()
+    log = distribution.log_uniform is not None or distribution.log_integer is not None
+    return Dimension(path, "number", log, low, high)
+
+
+def _plain(row: TrialRow) -> dict[str, Any]:
+    return asdict(row) | {"values": dict(row.values)}
+
+
+COSTS = {"auc": "", "keys": "keys a candidate", "seconds_a_million": "seconds a million candidates"}
+"""Names of the second objective."""

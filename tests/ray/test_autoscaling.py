@@ -1,0 +1,59 @@
+"""A search on real raylets that Ray's autoscaler starts and stops: from none to three workers, and back."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = [
+    "data.synthetic.users=160", "data.synthetic.items=60", "data.synthetic.categories=6", "stream.window=40",
+    "stream.stride=20", "model.width=16", "stage1.epochs=10", "stage2.epochs=10", "stage2.patience=10",
+]  # fmt: skip
+SPACE = {
+    "name": "wide",
+    "scheduler": {"kind": "none"},
+    "budget": {"trials": 6},
+    "concurrency": 3,
+}
+EMPTIED = """
+import json, sys, time, ray
+ray.init(log_to_driver=False)
+seen = []
+for _ in range(90):
+    workers = sum(n["Alive"] and n["Resources"].get("CPU", 0) > 0 for n in ray.nodes())
+    seen.append(workers)
+    if not workers:
+        break
+    time.sleep(1)
+json.dump(seen, open(sys.argv[1], "w"))
+"""
+
+
+@pytest.mark.slow
+def test_from_no_worker_to_three_and_back(tmp_path: Path) -> None:
+    parameters = {"stage1.mask_ratio": {"choice": [0.2, 0.3, 0.4]}, "model.pgsa.top_k": {"choice": [4, 32]}}
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(SPACE | {"parameters": parameters}))
+    (tmp_path / "emptied.py").write_text(EMPTIED)
+    settings = " ".join(f"--set {s}" for s in [*SETTINGS, f"data.prepared={tmp_path}/prepared"])
+    search = f"{sys.executable} {ROOT}/jobs/tune.py --space space.yaml --run r {settings}"
+    words = [sys.executable, str(ROOT / "cluster/local.py"), "--workers", "3", "--idle", "5", "--",
+             "bash", "-c", f"{search} && {sys.executable} emptied.py emptied.json"]  # fmt: skip
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    done = subprocess.run(
+        words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=420, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "r/search.json").read_text())
+    assert found["trials_finished"] == 6
+    workers = [nodes for _, nodes, _ in found["nodes"]]
+    assert workers[0] <= 1, "the cluster starts without workers (preparation may have asked for the first)"
+    assert max(workers) == 3
+    assert 0 < found["node_hours"] <= 3 * found["seconds"] / 3600
+    assert json.loads((tmp_path / "emptied.json").read_text())[-1] == 0

@@ -1,0 +1,168 @@
+"""Spaces are checked whole against the configuration before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hpgr.config import Config, dump, load_config, validate
+from hpgr.errors import ConfigError
+from hpgr.search.space import (
+    Distribution,
+    Space,
+    check,
+    draw,
+    load_space,
+    parse_space,
+    placed,
+    starting_values,
+    to_yaml,
+)
+
+ROOT = Path(__file__).resolve().parents[3]
+TOP_K = "model.pgsa.top_k"
+SIGMA = "model.pgsa.sigma"
+
+
+def space(parameters: dict[str, Any], **more: Any) -> Space:
+    return parse_space({"parameters": parameters, **more})
+
+
+def faults(parameters: dict[str, Any], config: Config | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check(space(parameters), config or Config())
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["smoke", "two_stage", "sparsity", "sessions"])
+@pytest.mark.parametrize("config", ["synthetic", "ml-100k", "ml-1m", "trivago"])
+def test_every_shipped_space_fits_every_shipped_config(name: str, config: str) -> None:
+    loaded = load_space(ROOT / f"tune_spaces/{name}.yaml")
+    assert loaded.name == name
+    check(loaded, load_config(ROOT / f"jobs/configs/{config}.yaml"))
+
+
+def test_a_space_survives_its_own_yaml(tmp_path: Path) -> None:
+    for path in (ROOT / "tune_spaces").glob("*.yaml"):
+        loaded = load_space(path)
+        (tmp_path / path.name).write_text(to_yaml(loaded))
+        assert load_space(tmp_path / path.name) == loaded
+
+
+def test_all_faults_come_at_once_with_their_paths() -> None:
+    text = faults({
+        "model.pgsa.topk": {"choice": [8, 32]},
+        SIGMA: {"uniform": [-1.0, 2.0]},
+        "data.split.test": {"uniform": [0.1, 0.2]},
+        "model.heads": {"choice": [2, 3]},
+    })  # fmt: skip
+    assert "4 fault(s)" in text
+    assert "model.pgsa.topk: no such key of the configuration; did you mean model.pgsa.top_k?" in text
+    assert "model.pgsa.sigma: value -1.0 is not allowed" in text
+    assert "greater than or equal to 0" in text
+    assert "data.split.test: trials share the prepared log" in text
+    assert "model.heads: value 3 is not allowed: model: width 64 is not a multiple of heads 3" in text
+
+
+@pytest.mark.parametrize(
+    ("distribution", "message"),
+    [
+        ({}, "got none, expected exactly one"),
+        ({"choice": [1], "uniform": [0, 1]}, "got choice and uniform"),
+        ({"uniform": [2, 1]}, "expected low < high"),
+        ({"log_uniform": [0, 1]}, "more than 0"),
+        ({"log_integer": [1, 4], "step": 1}, "step goes with uniform and integer"),
+        ({"integer": [1, 4], "step": 0.5}, "expected a whole number"),
+        ({"choice": [1, 1]}, "different values"),
+        ({"choices": [1, 2]}, "Extra inputs"),
+        ({"uniform": [1, 2, 3]}, "at most 2"),
+    ],
+)
+def test_a_distribution_that_makes_no_sense_is_refused(distribution: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        space({TOP_K: distribution})
+
+
+def test_the_start_must_be_in_the_space() -> None:
+    text = faults({TOP_K: {"choice": [4, 8]}})
+    assert "starts from 32, which the space does not hold" in text
+    assert "--set model.pgsa.top_k=" in text
+    assert "does not hold" in faults({SIGMA: {"uniform": [0.0, 6.0], "step": 1.5}})
+    check(space({SIGMA: {"uniform": [0.0, 6.0], "step": 0.5}}), Config())
+    check(space({"stream.session_gap_minutes": {"choice": [15, 30]}}), Config())
+
+
+def test_conditions_name_keys_that_are_drawn_before() -> None:
+    late = {
+        TOP_K: {"choice": [8, 32], "when": {"model.pgsa.enabled": True}},
+        "model.pgsa.enabled": {"choice": [True, False]},
+    }
+    assert "when.model.pgsa.enabled must stand above it" in faults(late)
+    assert "when.nothing: no such key" in faults({TOP_K: {"choice": [8, 32], "when": {"nothing": 1}}})
+
+
+def test_a_condition_sees_what_was_drawn_and_what_the_configuration_says() -> None:
+    wanted = space({
+        "model.pgsa.enabled": {"choice": [True, False]},
+        TOP_K: {"choice": [8, 32], "when": {"model.pgsa.enabled": True}},
+        SIGMA: {"uniform": [0, 4], "when": {"model.pgsa.scope": ["all", "candidate"]}},
+    })  # fmt: skip
+    tree = dump(Config())
+    on = draw(wanted, tree, lambda path, d: d.ends()[0])
+    off = draw(wanted, tree, lambda path, d: d.ends()[-1])
+    assert list(on) == ["model.pgsa.enabled", TOP_K, SIGMA]
+    assert off == {"model.pgsa.enabled": False, SIGMA: 4}
+    assert starting_values(wanted, Config()) == {"model.pgsa.enabled": True, TOP_K: 32, SIGMA: 2.0}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"choice": ["a", 1, True]},
+        {"uniform": [0.5, 2.0]},
+        {"uniform": [0.0, 1.0], "step": 0.25},
+        {"log_uniform": [0.001, 10.0]},
+        {"integer": [2, 9], "step": 3},
+        {"log_integer": [1, 64]},
+    ],
+)
+def test_random_values_are_held_and_reach_both_ends(kind: dict[str, Any]) -> None:
+    distribution, rng = Distribution.model_validate(kind), np.random.default_rng(0)
+    drawn = [distribution.sample(rng) for _ in range(2000)]
+    assert all(distribution.holds(value) for value in drawn)
+    if "choice" in kind:
+        assert set(map(str, drawn)) == {"a", "1", "True"}
+    elif "uniform" in kind or "log_uniform" in kind:
+        low, high = distribution.ends()
+        assert min(drawn) <= low + 0.01 * (high - low)
+        assert max(drawn) >= low + 0.98 * (high - low)
+    else:
+        assert {min(drawn), max(drawn)} == ({2, 8} if "integer" in kind else {1, 64})
+
+
+def test_placing_values_leaves_the_tree_alone() -> None:
+    tree = dump(Config())
+    changed = placed(tree, {TOP_K: 5})
+    assert validate(changed).model.pgsa.top_k == 5
+    assert tree == dump(Config())
+
+
+def test_a_pareto_front_is_not_pruned_by_auc_alone() -> None:
+    with pytest.raises(ConfigError, match="starves the cheap end"):
+        space({TOP_K: {"choice": [8, 32]}}, objectives=["auc", "keys"])
+    with pytest.raises(ConfigError, match="expected auc, alone or with one other"):
+        space({TOP_K: {"choice": [8, 32]}}, objectives=["keys", "auc"], scheduler={"kind": "none"})
+
+
+def test_overrides_and_unreadable_spaces(tmp_path: Path) -> None:
+    changed = load_space(ROOT / "tune_spaces/smoke.yaml", ["budget.trials=9", "sampler.kind=random"])
+    assert (changed.budget.trials, changed.sampler.kind) == (9, "random")
+    with pytest.raises(ConfigError, match="cannot read space"):
+        load_space(tmp_path / "none.yaml")
+    for text, message in (("a: [", "is not YAML"), ("- 1", "expected a mapping"), ("{}", "parameters")):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            load_space(tmp_path / "bad.yaml")

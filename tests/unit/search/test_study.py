@@ -1,0 +1,195 @@
+"""The study remembers a search: nothing is tried twice, nothing that was begun is forgotten."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpgr.artifacts import Folder, fingerprint
+from hpgr.config import Config
+from hpgr.search.space import Space, parse_space
+from hpgr.search.study import Draw, Study
+
+GAP = "stream.session_gap_minutes"
+TOP_K = "model.pgsa.top_k"
+GRID: dict[str, Any] = {GAP: {"choice": [15, 30, 60]}, TOP_K: {"choice": [8, 32]}}
+
+
+def space(parameters: dict[str, Any] = GRID, **more: Any) -> Space:
+    return parse_space({"parameters": parameters, **more})
+
+
+def opened(folder: Path, wanted: Space | None = None, config: Config | None = None) -> Study:
+    key = lambda c: fingerprint(c.stream.session_gap_minutes)
+    return Study(Folder(str(folder)), wanted or space(), config or Config(), key)
+
+
+def finished(study: Study, draw: Draw, auc: float, **more: Any) -> None:
+    study.finish(draw.number, "finished", auc=auc, **more)
+
+
+def asked(study: Study) -> Draw:
+    found = study.ask()
+    assert found is not None
+    return found
+
+
+def test_the_search_starts_from_the_configuration(tmp_path: Path) -> None:
+    first = asked(opened(tmp_path))
+    assert first.number == 0
+    assert first.values == {GAP: 30.0, TOP_K: 32}
+    assert first.config == Config()
+
+
+def test_a_grid_is_walked_once_and_then_exhausted(tmp_path: Path) -> None:
+    study, seen = opened(tmp_path), []
+    while (found := study.ask()) is not None:
+        seen.append((found.values[GAP], found.values[TOP_K]))
+        finished(study, found, 0.5 + 0.001 * len(seen))
+    assert sorted(seen) == [(gap, k) for gap in (15, 30, 60) for k in (8, 32)]
+    assert study.tried() == 6
+    states = [row.state for row in study.rows()]
+    assert states.count("finished") == 6
+    assert states.count("repeated") == len(states) - 6 > 0
+
+
+def test_a_repeat_is_answered_with_what_is_known(tmp_path: Path) -> None:
+    study = opened(tmp_path, space({TOP_K: {"choice": [8, 32]}}))
+    for auc in (0.7, 0.8):
+        finished(study, asked(study), auc)
+    assert study.ask() is None
+    known = {row.values[TOP_K]: row.auc for row in study.rows() if row.state == "finished"}
+    repeats = [row for row in study.rows() if row.state == "repeated"]
+    assert repeats
+    assert all(row.auc == known[row.values[TOP_K]] for row in repeats)
+    assert study.best() == max(row.number for row in study.rows() if row.state == "finished")
+
+
+def test_stage_1_is_named_by_what_it_depends_on(tmp_path: Path) -> None:
+    study, keys = opened(tmp_path), {}
+    while (found := study.ask()) is not None:
+        keys.setdefault(found.values[GAP], set()).add(found.stage1)
+    assert all(len(names) == 1 for names in keys.values())
+    assert len({name for names in keys.values() for name in names}) == 3
+    off = parse_space({"parameters": {TOP_K: {"choice": [8, 32]}}})
+    config = Config.model_validate({"stage1": {"enabled": False}, "model": {"pgsa": {"anchors": "live"}}})
+    assert asked(opened(tmp_path / "off", off, config)).stage1 == ""
+
+
+def test_what_was_interrupted_comes_back_as_it_was(tmp_path: Path) -> None:
+    study = opened(tmp_path)
+    done, cut = asked(study), asked(study)
+    study.report(cut.number, 1.0, 0.61, 40)
+    finished(study, done, 0.7)
+    again = opened(tmp_path)
+    assert again.interrupted() == [cut]
+    assert again.interrupted()[0].name == cut.name
+    rows = {row.number: row for row in again.rows()}
+    assert (rows[0].state, rows[0].auc) == ("finished", 0.7)
+    assert (rows[1].state, rows[1].curve) == ("running", [(1.0, 0.61)])
+    assert again.tried() == 2
+    keys = {done.key, cut.key}
+    while (found := again.ask()) is not None:
+        assert found.key not in keys
+        keys.add(found.key)
+    assert len(keys) == 6
+
+
+def test_a_draw_that_contradicts_itself_is_no_trial(tmp_path: Path) -> None:
+    parameters = {
+        "stage1.enabled": {"choice": [True, False]},
+        "model.pgsa.anchors": {"choice": ["frozen", "live"]},
+    }
+    live = Config.model_validate({"model": {"pgsa": {"anchors": "live"}}})
+    study, seen = opened(tmp_path, space(parameters), live), []
+    while (found := study.ask()) is not None:
+        seen.append((found.config.stage1.enabled, found.config.model.pgsa.anchors))
+    assert sorted(seen) == [(False, "live"), (True, "frozen"), (True, "live")]
+    voids = [row for row in study.rows() if row.state == "void" and row.error]
+    assert all("anchors" in row.error for row in voids)
+
+
+def test_pruned_and_failed_trials_are_kept_and_never_best(tmp_path: Path) -> None:
+    study = opened(tmp_path)
+    good, pruned, failed = asked(study), asked(study), asked(study)
+    study.report(pruned.number, 1.0, 0.9, 10)
+    study.finish(pruned.number, "pruned", auc=0.9)
+    study.finish(failed.number, "failed", error="the loss is nan")
+    assert study.best() is None
+    finished(study, good, 0.6, seconds=3.0)
+    assert study.best() == good.number
+    rows = study.rows()
+    assert [row.state for row in rows] == ["finished", "pruned", "failed"]
+    assert rows[2].error == "the loss is nan"
+    assert rows[0].seconds == 3.0
+
+
+def test_two_objectives_have_a_front(tmp_path: Path) -> None:
+    wanted = space(objectives=["auc", "keys"], scheduler={"kind": "none"})
+    study = opened(tmp_path, wanted)
+    for auc, keys in ((0.70, 30.0), (0.72, 60.0), (0.69, 40.0), (0.60, 5.0)):
+        finished(study, asked(study), auc, keys=keys)
+    assert sorted(study.pareto()) == [0, 1, 3]
+    assert study.best() == 1
+    assert [row.cost for row in study.rows()] == [30.0, 60.0, 40.0, 5.0]
+    assert opened(tmp_path / "one").pareto() == []
+
+
+def test_importance_finds_the_dimension_that_matters(tmp_path: Path) -> None:
+    parameters = {"model.dropout": {"uniform": [0.0, 0.8]}, "model.pgsa.sigma": {"uniform": [0.0, 8.0]}}
+    study = opened(tmp_path, space(parameters, sampler={"kind": "random"}))
+    assert study.importance() == {}
+    for _ in range(40):
+        found = asked(study)
+        finished(study, found, 0.5 + 0.3 * found.values["model.dropout"] + 1e-4 * found.values["model.pgsa.sigma"])
+    shares = study.importance()
+    assert set(shares) == set(parameters)
+    assert shares["model.dropout"] > 0.7
+
+
+def test_draws_differ_between_seeds_and_repeat_for_one(tmp_path: Path) -> None:
+    def values(name: str, seed: int) -> list[float]:
+        wanted = space({"model.dropout": {"uniform": [0.0, 0.8]}}, sampler={"seed": seed})
+        study = opened(tmp_path / name, wanted)
+        out = []
+        for _ in range(4):
+            found = asked(study)
+            finished(study, found, 0.5)
+            out.append(found.values["model.dropout"])
+        return out
+
+    first = values("a", 1)
+    assert values("b", 1) == first
+    assert values("c", 2) != first
+
+
+def test_tpe_beats_random_on_a_known_surface(tmp_path: Path) -> None:
+    def best(kind: str, seed: int) -> float:
+        parameters = {"model.dropout": {"uniform": [0.0, 0.9]}, "model.pgsa.sigma": {"uniform": [0.0, 9.0]}}
+        wanted = space(parameters, sampler={"kind": kind, "seed": seed})
+        study = opened(tmp_path / f"{kind}{seed}", wanted)
+        for _ in range(30):
+            found = asked(study)
+            off = (found.values["model.dropout"] - 0.63) ** 2 + (found.values["model.pgsa.sigma"] / 10 - 0.71) ** 2
+            finished(study, found, 0.8 - off)
+        return max(row.auc or 0.0 for row in study.rows())
+
+    tpe, random = (sum(best(kind, seed) for seed in range(3)) / 3 for kind in ("tpe", "random"))
+    assert tpe > random
+
+
+def test_it_lives_on_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A remote folder gets the file after every draw and every end."""
+    written: dict[str, bytes] = {}
+    monkeypatch.setattr(Folder, "is_local", property(lambda self: False))
+    monkeypatch.setattr(Folder, "exists", lambda self, name="": name in written)
+    monkeypatch.setattr(Folder, "read", lambda self, name: written[name])
+    monkeypatch.setattr(Folder, "write", lambda self, name, content: written.__setitem__(name, content))
+    study = opened(tmp_path)
+    done, cut = asked(study), asked(study)
+    finished(study, done, 0.7)
+    again = opened(tmp_path)
+    assert again.best() == done.number
+    assert again.interrupted() == [cut]

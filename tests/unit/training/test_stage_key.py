@@ -1,0 +1,119 @@
+"""Runs that agree on stage 1's key have the same stage 1, bit for bit; what changes it changes the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers_model import log_config, make_run, worker
+
+from hpgr.config import Config, dump, validate
+from hpgr.model.hpgr import MaskedItemModel
+from hpgr.search.space import placed
+from hpgr.training.loop import fit
+from hpgr.training.two_stage import Run, _context, _masked_stage, stage_key, train
+
+FREE = {
+    "model.layers": 1,
+    "model.silu_on": "u",
+    "model.match_features": False,
+    "model.sem.in_stage2": False,
+    "model.pgsa.enabled": False,
+    "model.pgsa.top_k": 2,
+    "model.pgsa.sigma": 0.0,
+    "model.pgsa.scope": "candidate",
+    "model.pgsa.anchors": "live",
+    "stream.stride": 4,
+    "stage2.epochs": 3,
+    "stage2.optimiser.lr": 0.1,
+}
+BOUND = {
+    "seed": 9,
+    "stream.session_gap_minutes": 3.0,
+    "stream.batch_tokens": 320,
+    "model.width": 12,
+    "model.heads": 1,
+    "model.dropout": 0.4,
+    "model.sem.dropout": 0.4,
+    "stage1.mask_ratio": 0.5,
+    "stage1.causal_share": 1.0,
+    "stage1.optimiser.lr": 0.02,
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return log_config(tmp_path_factory.mktemp("key"), stage1={"epochs": 1}, stage2={"epochs": 1})
+
+
+def changed(config: Config, values: dict[str, Any]) -> Config:
+    return validate(placed(dump(config), values))
+
+
+def stage1_weights(run: Run) -> dict[str, torch.Tensor]:
+    torch.manual_seed(run.config.seed)
+    stage = _masked_stage(run, run.prepared.folder.read_parquet("vocabulary.parquet"))
+    fit(stage, _context(run, worker(), run.folder.sub("stage1")))
+    assert isinstance(stage.model, MaskedItemModel)
+    return stage.model.state_dict()
+
+
+@pytest.fixture(scope="module")
+def base(config: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, torch.Tensor]]:
+    run = make_run(config, tmp_path_factory.mktemp("base"))
+    return run, stage1_weights(run)
+
+
+def test_settings_of_stage_2_leave_stage_1_as_it_is(
+    config: Config, base: tuple[Run, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    run, weights = base
+    other = changed(config, FREE)
+    assert stage_key(other, run.prepared, "stage1") == stage_key(config, run.prepared, "stage1")
+    found = stage1_weights(make_run(other, tmp_path))
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
+    for path, value in FREE.items():
+        assert stage_key(changed(config, {path: value}), run.prepared, "stage2") != stage_key(
+            config, run.prepared, "stage2"
+        ), path
+
+
+@pytest.mark.parametrize("path", BOUND)
+def test_what_changes_stage_1_changes_its_key(
+    config: Config, base: tuple[Run, dict[str, torch.Tensor]], tmp_path: Path, path: str
+) -> None:
+    run, weights = base
+    other = changed(config, {path: BOUND[path]})
+    assert stage_key(other, run.prepared, "stage1") != stage_key(config, run.prepared, "stage1")
+    found = stage1_weights(make_run(other, tmp_path))
+    assert any(
+        found[name].shape != weights[name].shape or not torch.equal(found[name], weights[name]) for name in weights
+    )
+
+
+def test_a_shared_stage_1_gives_the_run_it_would_have_had(config: Config, tmp_path: Path) -> None:
+    alone = make_run(config, tmp_path / "alone")
+    first = make_run(changed(config, {"model.pgsa.top_k": 1}), tmp_path / "first")
+    shared = alone.folder.sub("shared")
+    train(Run(first.config, first.folder, first.prepared, shared, first.index_folder), worker(), test=False)
+    second = make_run(config, tmp_path / "second")
+    found = train(Run(config, second.folder, second.prepared, shared, second.index_folder), worker(), test=False)
+    assert not second.folder.exists("stage1")
+    assert "test" not in found["stage2"]
+    expected = train(alone, worker())
+    assert found["stage2"]["validation"] == expected["stage2"]["validation"]
+    assert found["stage2"]["cost"] == expected["stage2"]["cost"]
+
+
+def test_the_test_split_is_read_when_it_is_asked_for(config: Config, tmp_path: Path) -> None:
+    straight = train(make_run(config, tmp_path / "straight"), worker())
+    late = make_run(config, tmp_path / "late")
+    before = train(late, worker(), test=False)
+    assert "test" not in before["stage1"]
+    assert not late.folder.exists("stage2/test_scores.parquet")
+    after = train(late, worker())
+    assert after["stage2"]["test"] == straight["stage2"]["test"]
+    assert after["stage1"]["test"] == straight["stage1"]["test"]
+    assert after["baselines"] == straight["baselines"]
