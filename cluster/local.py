@@ -46,7 +46,15 @@ class Shape:
         return {
             "cluster_name": "local",
             "max_workers": self.workers,
-            "provider": {"type": "fake_multinode", "gcs_address": address},
+            "provider": {
+                "type": "fake_multinode",
+                "gcs_address": address,
+                "use_node_id_as_ip": True,  # all nodes share this machine's
+                "disable_node_updaters": True,
+                "disable_launch_config_check": True,
+                "foreground_node_launch": True,
+                "worker_liveness_check": False,
+            },
             "available_node_types": {
                 "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
                 "worker": worker | {"min_workers": 0, "max_workers": self.workers},
