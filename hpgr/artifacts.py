@@ -70,6 +70,21 @@ class Folder:
         found = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
         return sorted(entry.base_name for entry in found)
 
+    def sizes(self, name: str = "") -> dict[str, int]:
+        """Files directly inside and their bytes; empty if there is no such folder."""
+        filesystem, path = self.path(name)
+        found = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+        return {entry.base_name: entry.size for entry in found if entry.type == pafs.FileType.File}
+
+    def move(self, source: str, target: str) -> None:
+        """Rename a file inside the folder (on an object store: copy, then delete). An existing target is replaced."""
+        filesystem, path = self.path(target)
+        try:
+            filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+            filesystem.move(self.path(source)[1], path)
+        except (OSError, pa.ArrowException) as error:
+            raise ArtifactError(f"cannot move {source} to {path}: {error}; check space and permissions") from None
+
     def read(self, name: str) -> bytes:
         """Whole file. Raises ArtifactError if it is missing or unreadable."""
         filesystem, path = self.path(name)

@@ -103,32 +103,42 @@ def _from_zero(session: Ints, lengths: Ints) -> Ints:
 
 
 def next_item_batch(assembler: Assembler, windows: Windows) -> Batch:
+    """Histories as next-item queries whose truth is the event that follows the window (see `query_batch`)."""
+    t = assembler.timelines
+    row = assembler.rows(windows)
+    return query_batch(assembler, windows, t.h_item[t.h_offsets[row] + windows.stop])
+
+
+def query_batch(assembler: Assembler, windows: Windows, truth: Array, moment: int = 0) -> Batch:
     """Histories as next-item queries: after each, a hidden event at the time of its last event.
 
-    The hidden event belongs to the last session and sees the whole history; its truth is the event that follows
-    the window. The distinct items of the user's whole past (not only the window) come as the impressions' items, for
-    filtering.
+    The hidden event belongs to the last session and sees the whole history; `truth` [W] is its item. After no
+    history at all it is at `moment` (microseconds). The distinct items of the user's whole past (not only the
+    window) come as the impressions' items, for filtering.
     """
     t = assembler.timelines
     batch = assembler.batch(windows, targets=False)
-    row = assembler.rows(windows)
-    truth = t.h_item[t.h_offsets[row] + windows.stop]
-    past_row, past_item = _distinct_past(t, row, windows.stop)
-    ends = offsets_of(batch.h_lengths)[1:]
+    past_row, past_item = _distinct_past(t, assembler.rows(windows), windows.stop)
+    ends, some = offsets_of(batch.h_lengths)[1:], batch.h_lengths > 0
 
     def append(values: Array, last: Array) -> Array:
         return np.insert(values, ends, last, axis=0)
 
-    last, n = ends - 1, len(batch)
+    def repeat(values: Array, otherwise: int) -> Array:
+        out = np.full(len(batch), otherwise, np.int64)
+        out[some] = values[ends[some] - 1]
+        return out
+
+    n = len(batch)
     nothing = np.zeros(len(past_item), np.int64)
     return replace(
         batch,
         h_lengths=batch.h_lengths + 1,
         h_item=append(batch.h_item, truth),
-        h_time=append(batch.h_time, batch.h_time[last]),
+        h_time=append(batch.h_time, repeat(batch.h_time, moment)),
         h_action=append(batch.h_action, np.zeros(n)),
         h_visible=append(batch.h_visible, batch.h_lengths),
-        h_session=append(batch.h_session, batch.h_session[last]),
+        h_session=append(batch.h_session, repeat(batch.h_session, 0)),
         h_masked=append(batch.h_masked, np.ones(n, bool)),
         h_cat=append(batch.h_cat, np.zeros((n, batch.h_cat.shape[1]))),
         h_num=append(batch.h_num, np.full((n, batch.h_num.shape[1]), np.nan)),

@@ -19,7 +19,7 @@ def order_rows(table: pa.Table) -> tuple[pa.Table, int]:
     """Sort one bucket's canonical rows and drop exact duplicates; returns the table and how many were dropped."""
     if not table.num_rows:
         return table, 0
-    keys = [_rank_users(table)]
+    keys = [rank_users(table)]
     keys += [table.column(name).to_numpy() for name in (TIME, ORDER, ITEM_HASH, CONTENT)]
     rank = np.lexsort(keys[::-1])
     same = np.ones(len(rank), bool)
@@ -30,7 +30,7 @@ def order_rows(table: pa.Table) -> tuple[pa.Table, int]:
     return table.take(pa.array(rank[~same])), int(same.sum())
 
 
-def _rank_users(table: pa.Table) -> Ints:
+def rank_users(table: pa.Table) -> Ints:
     """Rank of each row's user by (hash, id): [rows]. Ids decide, so a hash collision is harmless."""
     encoded = table.column(USER).combine_chunks().dictionary_encode()
     codes = encoded.indices.to_numpy()

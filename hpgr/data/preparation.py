@@ -100,7 +100,7 @@ def prepare(config: Config, execute: Execute, say: Callable[[str], None]) -> Pre
     say(f"prepare: {len(files)} file(s), {sum(f.size for f in files) / 1e6:,.1f} MB -> {folder.uri}")
     folder.delete()
     pieces = fragments(files, needed_columns(data))
-    job = _Job(data, folder, _bucket_count(pieces), execute, say)
+    job = Job(data, folder, bucket_count(pieces), execute, say)
     manifest = {
         "format": FORMAT,
         "fingerprint": name,
@@ -118,7 +118,7 @@ def _paths(data: Data, say: Callable[[str], None]) -> list[str]:
         return [data.path] if isinstance(data.path, str) else list(data.path)
     log = generated_log(data)
     filesystem, path = log.path()
-    with _writing(path):
+    with writing(path):
         filesystem.create_dir(path, recursive=True)
         write_log(data.synthetic, path, filesystem)
     say(f"prepare: no data.path, using the generated log in {log.uri}")
@@ -130,13 +130,15 @@ def generated_log(data: Data) -> Folder:
     return Folder(absolute(data.prepared)).sub(f"generated-{fingerprint(data.synthetic.model_dump())}")
 
 
-def _bucket_count(pieces: Sequence[Fragment]) -> int:
+def bucket_count(pieces: Sequence[Fragment]) -> int:
     """Buckets of about BUCKET_ROWS rows; from the log alone, so the layout does not depend on the cluster."""
     return min(1024, max(1, math.ceil(sum(piece.rows for piece in pieces) / BUCKET_ROWS)))
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
+    """The passes over one log, and where their files go."""
+
     data: Data
     folder: Folder
     buckets: int
@@ -145,16 +147,8 @@ class _Job:
 
     def run(self, pieces: Sequence[Fragment]) -> dict[str, Any]:
         """All passes in order; returns the manifest without its name."""
-        scans = list(
-            self.execute("scan", partial(scan, data=self.data, folder=self.folder, buckets=self.buckets), pieces)
-        )
-        account = self._scanned(scans)
+        account, sorts = self.order(pieces, self.data.split.by == "time_fraction")
         every = range(self.buckets)
-        time_split = self.data.split.by == "time_fraction"
-        sorts = list(self.execute("sort", partial(sort, data=self.data, folder=self.folder, hours=time_split), every))
-        account["duplicates"] = sum(s["duplicates"] for s in sorts)
-        account["kept"] = sum(s["rows"] for s in sorts)
-        self._balance(account)
         cuts = self._cut_offs(sorts)
         counts = list(
             self.execute("count", partial(count_bucket, data=self.data, folder=self.folder, cuts=cuts), every)
@@ -172,9 +166,22 @@ class _Job:
             "vocabulary": sizes,
             "features": {s + k: [f.name for f in features_of(self.data.features, s, k)]
                          for s in ("h_", "t_") for k in ("cat", "num")},
-            "versions": {"hpgr": hpgr.__version__, "pyarrow": pa.__version__, "numpy": np.__version__,
-                         "python": platform.python_version()},
+            "versions": versions(),
         }  # fmt: skip
+
+    def order(self, pieces: Sequence[Fragment], hours: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Scan and sort: every row is then in an ordered bucket, in quarantine or a duplicate.
+
+        Returns the account and what `sort` told of each bucket.
+        """
+        deal = partial(scan, data=self.data, folder=self.folder, buckets=self.buckets)
+        account = self._scanned(list(self.execute("scan", deal, pieces)))
+        ordering = partial(sort, data=self.data, folder=self.folder, hours=hours)
+        sorts = list(self.execute("sort", ordering, range(self.buckets)))
+        account["duplicates"] = sum(s["duplicates"] for s in sorts)
+        account["kept"] = sum(s["rows"] for s in sorts)
+        self._balance(account)
+        return account, sorts
 
     def _scanned(self, scans: list[dict[str, Any]]) -> dict[str, Any]:
         reasons: Counter[str] = Counter()
@@ -237,6 +244,12 @@ class _Job:
         }  # fmt: skip
 
 
+def versions() -> dict[str, str]:
+    """Versions that prepared files may depend on."""
+    return {"hpgr": hpgr.__version__, "pyarrow": pa.__version__, "numpy": np.__version__,
+            "python": platform.python_version()}  # fmt: skip
+
+
 def _raw(bucket: int, fragment: Fragment) -> str:
     return f"staging/raw/{bucket:05d}/{fragment.index:06d}-{fragment.first:06d}.arrow"
 
@@ -255,7 +268,7 @@ def scan(fragment: Fragment, data: Data, folder: Folder, buckets: int) -> dict[s
                 bad.append(checked.quarantined)
             for bucket, part in _deal(checked.rows.cast(schema), buckets):
                 if bucket not in writers:
-                    writers[bucket] = stack.enter_context(_ipc_writer(folder, _raw(bucket, fragment), schema))
+                    writers[bucket] = stack.enter_context(ipc_writer(folder, _raw(bucket, fragment), schema))
                 writers[bucket].write_table(part)
     if bad:
         table = pa.concat_tables(bad).append_column(
@@ -275,7 +288,8 @@ def _deal(rows: pa.Table, buckets: int) -> Iterable[tuple[int, pa.Table]]:
 
 
 @contextmanager
-def _writing(path: str) -> Iterator[None]:
+def writing(path: str) -> Iterator[None]:
+    """Says what to do if the disk or store refuses."""
     try:
         yield
     except OSError as error:
@@ -283,10 +297,10 @@ def _writing(path: str) -> Iterator[None]:
 
 
 @contextmanager
-def _ipc_writer(folder: Folder, name: str, schema: pa.Schema) -> Iterator[ipc.RecordBatchStreamWriter]:
+def ipc_writer(folder: Folder, name: str, schema: pa.Schema) -> Iterator[ipc.RecordBatchStreamWriter]:
     filesystem, path = folder.path(name)
     options = ipc.IpcWriteOptions(compression="lz4")
-    with _writing(path):
+    with writing(path):
         filesystem.create_dir(path.rpartition("/")[0], recursive=True)
         with filesystem.open_output_stream(path) as sink, ipc.new_stream(sink, schema, options=options) as writer:
             yield writer
@@ -302,12 +316,17 @@ def _sorted(bucket: int) -> str:
     return f"staging/sorted/{bucket:05d}.arrow"
 
 
+def ordered_rows(bucket: int, folder: Folder) -> pa.Table:
+    """Canonical rows of a bucket as `sort` left them."""
+    return _read_ipc(folder, _sorted(bucket)).combine_chunks()
+
+
 def sort(bucket: int, data: Data, folder: Folder, hours: bool) -> dict[str, Any]:
     """Order one bucket and drop its duplicates; `hours` asks for the histogram of impressions by hour."""
     raw = f"staging/raw/{bucket:05d}"
     parts = [_read_ipc(folder, f"{raw}/{name}") for name in folder.entries(raw)]
     table, duplicates = order_rows(pa.concat_tables([empty_rows(data), *parts]).combine_chunks())
-    with _ipc_writer(folder, _sorted(bucket), table.schema) as writer:
+    with ipc_writer(folder, _sorted(bucket), table.schema) as writer:
         writer.write_table(table)
     histogram = splits.histogram(splits.targets_of(table).time, splits.HOUR) if hours else {}
     return {"rows": table.num_rows, "duplicates": duplicates, "hours": histogram}

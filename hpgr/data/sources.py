@@ -53,8 +53,8 @@ class Fragment:
     """Exact for Parquet, a guess from the file's size for text."""
 
 
-def find_files(paths: Sequence[str], declared: str = "auto") -> list[SourceFile]:
-    """Expand files, folders and globs, sorted by path.
+def find_files(paths: Sequence[str], declared: str = "auto", asked: str = "data.path") -> list[SourceFile]:
+    """Expand files, folders and globs, sorted by path; `asked` is the setting that messages name.
 
     Raises:
         DataError: nothing there, nothing readable, or a format that cannot be told.
@@ -63,14 +63,14 @@ def find_files(paths: Sequence[str], declared: str = "auto") -> list[SourceFile]
     for path in paths:
         filesystem, root = resolve(path)
         prefix = path.partition("://")[0] + "://" if "://" in path else ""
-        for info in _expand(filesystem, root, path):
+        for info in _expand(filesystem, root, path, asked):
             uri = prefix + info.path
             files[uri] = SourceFile(uri, _format(info.path, declared), info.size, info.mtime_ns or 0,
                                     _digest(filesystem, info))  # fmt: skip
     return [files[uri] for uri in sorted(files)]
 
 
-def _expand(filesystem: pafs.FileSystem, root: str, path: str) -> list[pafs.FileInfo]:
+def _expand(filesystem: pafs.FileSystem, root: str, path: str, asked: str) -> list[pafs.FileInfo]:
     try:
         if any(c in root for c in "*?["):
             base = root[: min(root.index(c) for c in "*?[" if c in root)].rpartition("/")[0]
@@ -84,9 +84,9 @@ def _expand(filesystem: pafs.FileSystem, root: str, path: str) -> list[pafs.File
                 listing = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
                 found = [i for i in listing if i.type == pafs.FileType.File and _is_log(i, root)]
     except OSError as error:
-        raise DataError(f"data.path {path}: cannot be listed: {error}") from None
+        raise DataError(f"{asked} {path}: cannot be listed: {error}") from None
     if not found:
-        raise DataError(f"data.path {path}: no log file found there; give a file, a folder or a glob of "
+        raise DataError(f"{asked} {path}: no log file found there; give a file, a folder or a glob of "
                         f"{', '.join(sorted(set(ENDINGS)))} files")  # fmt: skip
     return found
 
@@ -139,7 +139,7 @@ def _whole(file: SourceFile, index: int) -> Fragment:
 
 
 def _row_groups(file: SourceFile, index: int) -> Iterator[Fragment]:
-    metadata = _open_parquet(file).metadata
+    metadata = open_parquet(file).metadata
     first = rows = 0
     for group in range(metadata.num_row_groups):
         rows += metadata.row_group(group).num_rows
@@ -148,7 +148,8 @@ def _row_groups(file: SourceFile, index: int) -> Iterator[Fragment]:
             first, rows = group + 1, 0
 
 
-def _open_parquet(file: SourceFile) -> pq.ParquetFile:
+def open_parquet(file: SourceFile) -> pq.ParquetFile:
+    """Raises DataError if the file is no whole Parquet file."""
     filesystem, path = resolve(file.uri)
     try:
         return pq.ParquetFile(path, filesystem=filesystem)
@@ -160,13 +161,13 @@ def _open_parquet(file: SourceFile) -> pq.ParquetFile:
 
 def _column_names(file: SourceFile) -> list[str] | None:
     if file.format == "parquet":
-        return list(_open_parquet(file).schema_arrow.names)
+        return list(open_parquet(file).schema_arrow.names)
     if file.format == "csv":
         return _csv_names(file)
     return None  # JSONL: any line may leave a key out
 
 
-def read(fragment: Fragment, columns: Sequence[str]) -> Iterator[tuple[pa.Table, int]]:
+def read(fragment: Fragment, columns: Sequence[str], batch_rows: int = FRAGMENT_ROWS) -> Iterator[tuple[pa.Table, int]]:
     """Tables of the wanted columns with the position of their first row in the file.
 
     CSV columns come as text. Lines that cannot be parsed come as rows of the one column `RAW_LINE`.
@@ -176,19 +177,19 @@ def read(fragment: Fragment, columns: Sequence[str]) -> Iterator[tuple[pa.Table,
     """
     wanted = list(dict.fromkeys(columns))
     if fragment.file.format == "parquet":
-        yield from _read_parquet(fragment, wanted)
+        yield from _read_parquet(fragment, wanted, batch_rows)
     elif fragment.file.format == "csv":
         yield from _read_csv(fragment.file, wanted)
     else:
         yield from _read_jsonl(fragment.file, wanted)
 
 
-def _read_parquet(fragment: Fragment, columns: list[str]) -> Iterator[tuple[pa.Table, int]]:
-    file = _open_parquet(fragment.file)
+def _read_parquet(fragment: Fragment, columns: list[str], batch_rows: int) -> Iterator[tuple[pa.Table, int]]:
+    file = open_parquet(fragment.file)
     start = sum(file.metadata.row_group(g).num_rows for g in range(fragment.first))
     try:
         groups = range(fragment.first, fragment.last)
-        for batch in file.iter_batches(FRAGMENT_ROWS, row_groups=list(groups), columns=columns):
+        for batch in file.iter_batches(batch_rows, row_groups=list(groups), columns=columns):
             yield pa.Table.from_batches([batch]), start
             start += batch.num_rows
     except (OSError, pa.ArrowException) as error:

@@ -97,7 +97,7 @@ def encode(table: pa.Table, vocabulary: Vocabulary, data: Data, cuts: CutOffs | 
         "t_request": np.where(targets.request == 0, -1, own),
     }
     for stream, rows in (("h_", history), ("t_", targets.row)):
-        columns[stream + "cat"], columns[stream + "num"] = _features(table, rows, stream, vocabulary, data)
+        columns[stream + "cat"], columns[stream + "num"] = feature_arrays(table, rows, stream, vocabulary, data)
     n_train = np.bincount(h_user[h_time < ends[h_user]], minlength=n_users)
     users = _user_columns(table, codes, n_users) | {"train_end": ends, "n_train": n_train}
     return _to_lists(users, columns, h_counts, t_counts, data)
@@ -129,7 +129,9 @@ def _user_columns(table: pa.Table, codes: Ints, n_users: int) -> dict[str, Any]:
     return {"user": rows.column(USER).combine_chunks(), "user_hash": rows.column(USER_HASH).to_numpy()}
 
 
-def _features(table: pa.Table, rows: Ints, stream: str, vocabulary: Vocabulary, data: Data) -> tuple[Array, Array]:
+def feature_arrays(table: pa.Table, rows: Ints, stream: str, vocabulary: Vocabulary, data: Data) -> tuple[Array, Array]:
+    """Encoded features that a stream (`h_` or `t_`) shows of some rows: indices [rows, F] and numbers [rows, G]."""
+
     def column(feature: Feature) -> pa.Array:
         return table.column(FEATURE_PREFIX + feature.name).combine_chunks()
 

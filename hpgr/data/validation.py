@@ -58,25 +58,25 @@ def validate(raw: pa.Table, first_row: int, data: Data) -> Validated:
     """
     if raw.column_names == [RAW_LINE]:
         reasons = np.full(raw.num_rows, "unreadable line", object)
-        return Validated(empty_rows(data), _quarantine(raw, reasons, first_row))
+        return Validated(empty_rows(data), quarantine_table(raw, reasons, first_row))
     reasons = np.full(raw.num_rows, None, object)
     columns = {
-        USER: _ids(raw, data.columns.user, "user", reasons),
-        ITEM: _ids(raw, data.columns.item, "item", reasons),
-        TIME: pa.array(_times(raw.column(data.columns.time), data, reasons)),
+        USER: read_ids(raw, data.columns.user, "user", reasons),
+        ITEM: read_ids(raw, data.columns.item, "item", reasons),
+        TIME: pa.array(read_times(raw.column(data.columns.time), data, reasons)),
         LABEL: _labels(raw, data, reasons),
-        ACTION: _text_or_null(raw, data.columns.action),
-        REQUEST: pa.array(_request(raw, data.columns.request).view(np.int64)),
+        ACTION: text_or_null(raw, data.columns.action),
+        REQUEST: pa.array(request_keys(raw, data.columns.request).view(np.int64)),
         ORDER: pa.array(_order(raw, data.columns.order, reasons)),
     }
     for feature in data.features:
-        columns[FEATURE_PREFIX + feature.name] = _feature(raw, feature, reasons)
+        columns[FEATURE_PREFIX + feature.name] = read_feature(raw, feature, reasons)
     columns[IN_HISTORY] = pa.array(any_group(raw, data.history))
     labelled = pc.is_valid(columns[LABEL]).to_numpy(zero_copy_only=False)
     columns[IS_TARGET] = pa.array(any_group(raw, data.impressions) & labelled)
-    good = _none(reasons)
+    good = unmarked(reasons)
     rows = pa.table(columns).filter(pa.array(good)).combine_chunks()
-    return Validated(_with_hashes(rows, data), _quarantine(raw, reasons, first_row))
+    return Validated(_with_hashes(rows, data), quarantine_table(raw, reasons, first_row))
 
 
 def empty_rows(data: Data) -> pa.Table:
@@ -90,8 +90,9 @@ def empty_rows(data: Data) -> pa.Table:
     return pa.schema(list(kinds.items())).empty_table()
 
 
-def _quarantine(raw: pa.Table, reasons: npt.NDArray[np.object_], first_row: int) -> pa.Table:
-    bad = np.flatnonzero(~_none(reasons))
+def quarantine_table(raw: pa.Table, reasons: npt.NDArray[np.object_], first_row: int) -> pa.Table:
+    """Rows that have a reason, as text: row, reason, values."""
+    bad = np.flatnonzero(~unmarked(reasons))
     values = raw.take(pa.array(bad))
     text = pa.array([str(row) for row in values.to_pylist()], pa.string())
     return pa.table({
@@ -101,12 +102,13 @@ def _quarantine(raw: pa.Table, reasons: npt.NDArray[np.object_], first_row: int)
     })  # fmt: skip
 
 
-def _none(reasons: npt.NDArray[np.object_]) -> Mask:
+def unmarked(reasons: npt.NDArray[np.object_]) -> Mask:
+    """Rows without a reason to leave them out: [rows] booleans."""
     return np.asarray(pd.isna(reasons), bool)
 
 
 def _mark(reasons: npt.NDArray[np.object_], bad: Mask, reason: str) -> None:
-    reasons[bad & _none(reasons)] = reason
+    reasons[bad & unmarked(reasons)] = reason
 
 
 def _nulls(column: pa.ChunkedArray) -> Mask:
@@ -117,7 +119,7 @@ def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
 
 
-def _ids(raw: pa.Table, name: str, role: str, reasons: npt.NDArray[np.object_]) -> pa.Array:
+def read_ids(raw: pa.Table, name: str, role: str, reasons: npt.NDArray[np.object_]) -> pa.Array:
     """Ids as text: whole numbers and strings of the same digits are the same id."""
     column = _plain(raw.column(name))
     kind = column.type
@@ -142,7 +144,8 @@ def _ids(raw: pa.Table, name: str, role: str, reasons: npt.NDArray[np.object_]) 
     return text
 
 
-def _times(column: pa.ChunkedArray, data: Data, reasons: npt.NDArray[np.object_]) -> npt.NDArray[np.int64]:
+def read_times(column: pa.ChunkedArray, data: Data, reasons: npt.NDArray[np.object_]) -> npt.NDArray[np.int64]:
+    """Microseconds since 1970: [rows]; `reasons` gets why a row's time cannot be used."""
     column = _plain(column)
     _mark(reasons, _nulls(column), "null time")
     micros, readable = _microseconds(column, data)
@@ -230,7 +233,8 @@ def _numbers(column: pa.ChunkedArray, name: str) -> npt.NDArray[np.float64]:
     return numbers
 
 
-def _text_or_null(raw: pa.Table, name: str | None) -> pa.Array:
+def text_or_null(raw: pa.Table, name: str | None) -> pa.Array:
+    """A column as text, nulls where there is none of that name to read."""
     if name is None:
         return pa.nulls(raw.num_rows, pa.string())
     column = _plain(raw.column(name))
@@ -239,11 +243,11 @@ def _text_or_null(raw: pa.Table, name: str | None) -> pa.Array:
     return column.cast(pa.string()).combine_chunks()
 
 
-def _request(raw: pa.Table, names: Sequence[str] | None) -> U64:
+def request_keys(raw: pa.Table, names: Sequence[str] | None) -> U64:
     """Key of the list an impression was shown in; 0 where there is none."""
     if not names:
         return np.zeros(raw.num_rows, np.uint64)
-    keys = [hash_text(_text_or_null(raw, name)) for name in names]
+    keys = [hash_text(text_or_null(raw, name)) for name in names]
     return np.where(np.logical_and.reduce([k != 0 for k in keys]), combine(*keys), np.uint64(0))
 
 
@@ -255,9 +259,10 @@ def _order(raw: pa.Table, name: str | None, reasons: npt.NDArray[np.object_]) ->
     return np.nan_to_num(numbers)
 
 
-def _feature(raw: pa.Table, feature: Feature, reasons: npt.NDArray[np.object_]) -> pa.Array:
+def read_feature(raw: pa.Table, feature: Feature, reasons: npt.NDArray[np.object_]) -> pa.Array:
+    """A side feature's canonical values: text, or numbers after their transform: [rows]."""
     if feature.kind == "categorical":
-        return _text_or_null(raw, feature.column)
+        return text_or_null(raw, feature.column)
     column = _plain(raw.column(feature.column))
     numbers = _numbers(column, feature.column)
     _mark(

@@ -70,7 +70,7 @@ def impression_windows(timelines: Timelines, stream: Stream, bucket: int, split:
     user = np.repeat(np.arange(len(timelines)), np.diff(timelines.t_offsets))
     chosen = np.flatnonzero(timelines.t_split == split)
     user, seen = user[chosen], timelines.t_visible[chosen].astype(np.int64)
-    step = np.maximum(0, -(-(seen - stream.window) // stream.stride))
+    step = _step(seen, stream)
     gap = np.cumsum(np.diff(chosen, prepend=-1) > 1)
     run = run_starts(user, step, gap)
     piece = (np.arange(len(chosen)) - run) // stream.window
@@ -80,6 +80,37 @@ def impression_windows(timelines: Timelines, stream: Stream, bucket: int, split:
     stop = np.maximum(start, seen[last])
     inside = timelines.t_offsets[user[first]]
     return _build(timelines, bucket, user[first], start, stop, chosen[first] - inside, chosen[last] + 1 - inside)
+
+
+def _step(seen: Ints, stream: Stream) -> Ints:
+    """How many strides before its window starts are skipped by whoever has so many past events."""
+    return np.maximum(0, -(-(seen - stream.window) // stream.stride))
+
+
+def serving_windows(timelines: Timelines, stream: Stream, row: Ints, seen: Ints) -> tuple[Windows, Ints, Ints]:
+    """Histories that serve moments of timelines: the same events as `impression_windows` would give them.
+
+    Args:
+        row: [P] timeline of each moment; `seen` [P] history events strictly before it.
+
+    Returns:
+        the W windows (as of bucket 0, without impressions), the order [P] in which moments of one window stand side
+        by side, and where each window's begin in it: [W + 1].
+    """
+    step = _step(seen, stream)
+    order = np.lexsort((seen, step, row))
+    run = run_starts(row[order], step[order])
+    first = np.flatnonzero(run == np.arange(len(run)))
+    bounds = np.append(first, len(run))
+    start = step[order][first] * stream.stride
+    stop, nothing = seen[order][bounds[1:] - 1], np.zeros(len(first), np.int64)
+    return _build(timelines, 0, row[order][first], start, stop, nothing, nothing), order, bounds
+
+
+def query_windows(timelines: Timelines, stream: Stream, row: Ints, seen: Ints) -> Windows:
+    """The last events before a moment of each timeline, with room for the hidden event of a next-item query: [R]."""
+    start, nothing = np.maximum(0, seen - (stream.window - 1)), np.zeros(len(row), np.int64)
+    return _build(timelines, 0, row, start, seen, nothing, nothing)
 
 
 def _build(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -31,9 +32,27 @@ def attend(
     Returns:
         [B, H, Q, E].
     """
-    scale = 1 / math.sqrt(q.shape[-1])
     g = weights[:, None]
-    kept = F.silu(q @ k.transpose(-1, -2) * scale + bias) * g
-    k_self, v_self = self_kv
-    own = F.silu((q * k_self).sum(-1, keepdim=True) * scale + self_bias[:, None, None])
-    return (kept @ v + own * v_self) / (1 + g.sum(-1, keepdim=True))
+    kept, own = _activations(q, k, self_kv[0], bias, self_bias)
+    kept = kept * g
+    return (kept @ v + own * self_kv[1]) / (1 + g.sum(-1, keepdim=True))
+
+
+def attention_shares(q: Tensor, k: Tensor, self_k: Tensor, bias: Tensor, self_bias: Tensor, weights: Tensor) -> Tensor:
+    """Share of each history event in a query's attention, by size: |g a| over its sum, the query's own included.
+
+    SiLU may be negative, so the size of an activation says how much an event counts [D]. Arguments as `attend`.
+
+    Returns:
+        [B, H, Q, N], at most 1 in sum; the rest is the query's own.
+    """
+    kept, own = (a.abs() for a in _activations(q, k, self_k, bias, self_bias))
+    kept = kept * weights[:, None]
+    return kept / (own + kept.sum(-1, keepdim=True)).clamp(min=torch.finfo(kept.dtype).tiny)
+
+
+def _activations(q: Tensor, k: Tensor, self_k: Tensor, bias: Tensor, self_bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations of the history [B, H, Q, N] and of the query itself [B, H, Q, 1], before weights."""
+    scale = 1 / math.sqrt(q.shape[-1])
+    own = F.silu((q * self_k).sum(-1, keepdim=True) * scale + self_bias[:, None, None])
+    return F.silu(q @ k.transpose(-1, -2) * scale + bias), own

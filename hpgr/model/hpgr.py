@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -11,7 +13,7 @@ from torch.nn import functional as F
 
 from hpgr.config import Config
 from hpgr.model.embedding import EventEncoder, MatchFeatures, Sizes
-from hpgr.model.hstu import HstuEncoder, Relation, relate
+from hpgr.model.hstu import HstuEncoder, KeyValue, relate
 from hpgr.model.inputs import Inputs
 from hpgr.model.noise import Noise, number_sites
 from hpgr.model.pgsa import gaussian_weights, select_anchors, visible_mask
@@ -87,6 +89,19 @@ class MaskedItemModel(nn.Module):
         return F.cross_entropy(logits, torch.zeros_like(target), reduction="sum")
 
 
+@dataclass(frozen=True)
+class Past:
+    """Encoded histories: each layer's keys and values, [B, H, N, E] each, and item vectors [B, N, D] (None: dense)."""
+
+    shown: Iterable[KeyValue]
+    vectors: Tensor | None
+
+    def rows(self, index: Tensor) -> Past:
+        """These rows, repeated or not."""
+        shown = [(k[index], v[index]) for k, v in self.shown]
+        return Past(shown, None if self.vectors is None else self.vectors[index])
+
+
 class ClickModel(nn.Module):
     """Stage 2: two-stream HSTU encoder with PGSA, and a click head."""
 
@@ -120,14 +135,34 @@ class ClickModel(nn.Module):
 
     def forward(self, x: Inputs, noise: Noise | None = None) -> Output:
         """Binary cross-entropy summed over labelled candidates, and every candidate's logit [B, M]."""
-        same = (x.c_item[..., None] == x.h_item[:, None, :]) & visible_mask(x.c_visible, x.h_item.shape[1])
-        h = self.history(x, noise)
-        c = self.events.candidates(x, noise, self.match(x, same) if self.match is not None else 0.0)
-        h_rel, c_rel = self.relations(x)
-        scores = self.head(self.encoder(h, c, h_rel, c_rel, noise))[..., 0].float()
+        vectors = self.history_vectors(x)
+        scores = self.read(Past(self._shown(x, vectors, noise), vectors), x, noise)
         labelled = x.c_real & (x.c_label >= 0)
         losses = F.binary_cross_entropy_with_logits(scores, x.c_label.clamp(min=0).float(), reduction="none")
         return Output((losses * labelled).sum(), labelled.sum(), scores)
+
+    def encode(self, x: Inputs) -> Past:
+        """What any number of candidates read of the histories of a batch; its own candidates play no part."""
+        vectors = self.history_vectors(x)
+        return Past(list(self._shown(x, vectors, None)), vectors)
+
+    def _shown(self, x: Inputs, vectors: Tensor | None, noise: Noise | None) -> Iterator[KeyValue]:
+        sparse = vectors if self.config.pgsa.scope == "all" else None
+        weights = self._weights(sparse, sparse, x.h_visible, x.h_item.shape[1])
+        relation = relate(x, x.h_item, x.h_time, x.h_visible, weights, self.config, self.window)
+        return self.encoder.encode(self.history(x, noise), relation, noise)
+
+    def read(self, past: Past, x: Inputs, noise: Noise | None = None, shares: list[Tensor] | None = None) -> Tensor:
+        """Logits of the candidates of `x` over the encoded histories of its rows: [B, M].
+
+        Of the histories themselves only items and times are read again. `shares` as in `HstuEncoder.read`.
+        """
+        n = x.h_item.shape[1]
+        same = (x.c_item[..., None] == x.h_item[:, None, :]) & visible_mask(x.c_visible, n)
+        c = self.events.candidates(x, noise, self.match(x, same) if self.match is not None else 0.0)
+        weights = self.candidate_weights(x, past.vectors)
+        relation = relate(x, x.c_item, x.c_time, x.c_visible, weights, self.config, self.window)
+        return self.head(self.encoder.read(c, past.shown, relation, noise, shares))[..., 0].float()
 
     def history(self, x: Inputs, noise: Noise | None) -> Tensor:
         """History tokens after the SEM in its causal form, both branches gated from zero [D]: [B, N, D]."""
@@ -137,23 +172,25 @@ class ClickModel(nn.Module):
         intra, context = self.sem(tokens, x, noise, torch.ones_like(x.causal))
         return tokens + torch.tanh(self.gate_intra) * (intra - tokens) + torch.tanh(self.gate_inter) * context
 
-    def relations(self, x: Inputs) -> tuple[Relation, Relation]:
-        """Relations of history events and of candidates to the history, chosen once and shared by all layers."""
-        sparse = self.config.pgsa.enabled
-        h_weights = self._weights(x, x.h_item, x.h_visible, sparse and self.config.pgsa.scope == "all")
-        c_weights = self._weights(x, x.c_item, x.c_visible, sparse)
-        return (
-            relate(x, x.h_item, x.h_time, x.h_visible, h_weights, self.config, self.window),
-            relate(x, x.c_item, x.c_time, x.c_visible, c_weights, self.config, self.window),
-        )
+    def history_vectors(self, x: Inputs) -> Tensor | None:
+        """Vectors of the histories' items that choose anchors, [B, N, D]; None for dense attention."""
+        return self.anchor_vectors(x.h_item) if self.config.pgsa.enabled else None
 
-    def _weights(self, x: Inputs, item: Tensor, visible: Tensor, sparse: bool) -> Tensor:
-        n = x.h_item.shape[1]
-        if not sparse:
+    def candidate_weights(self, x: Inputs, vectors: Tensor | None) -> Tensor:
+        """Attention weights of the candidates over histories of these vectors: [B, M, N]."""
+        query = None if vectors is None else self.anchor_vectors(x.c_item)
+        return self._weights(query, vectors, x.c_visible, x.h_item.shape[1])
+
+    def anchors(self, past: Past, x: Inputs) -> tuple[Tensor, Tensor]:
+        """Positions of the candidates' anchors and whether each is real: [B, M, K] (see `select_anchors`)."""
+        assert past.vectors is not None, "dense attention has no anchors"
+        return select_anchors(self.anchor_vectors(x.c_item), past.vectors, x.c_visible, self.config.pgsa.top_k)
+
+    def _weights(self, query: Tensor | None, key: Tensor | None, visible: Tensor, n: int) -> Tensor:
+        """Attention weights of queries, chosen once and shared by all layers; dense without vectors: [B, Q, N]."""
+        if query is None or key is None:
             return visible_mask(visible, n)
-        anchors, real = select_anchors(
-            self.anchor_vectors(item), self.anchor_vectors(x.h_item), visible, self.config.pgsa.top_k
-        )
+        anchors, real = select_anchors(query, key, visible, self.config.pgsa.top_k)
         return gaussian_weights(anchors, real, visible, n, self.config.pgsa.sigma)
 
     def anchor_vectors(self, item: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -10,10 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpgr.config import Model
-from hpgr.model.attention import attend
+from hpgr.model.attention import attend, attention_shares
 from hpgr.model.inputs import Inputs
 from hpgr.model.noise import Dropout, Noise
 from hpgr.model.timing import time_bucket
+
+KeyValue = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class HstuLayer(nn.Module):
         self,
         x: Tensor,
         uvqk: tuple[Tensor, ...],
-        history_kv: tuple[Tensor, Tensor],
+        history_kv: KeyValue,
         r: Relation,
         noise: Noise | None,
         stream: int,
@@ -104,20 +107,47 @@ class HstuLayer(nn.Module):
         mixed = self.norm_out(mixed.transpose(1, 2).flatten(2)) * u
         return x + self.dropout(self.out(mixed), noise, stream)
 
+    def shares(self, uvqk: tuple[Tensor, ...], history_kv: KeyValue, r: Relation) -> Tensor:
+        """Share of each history event in a query's attention, mean over heads: [B, Q, N]."""
+        _, _, q, k = uvqk
+        return attention_shares(q, history_kv[0], k, self.bias(r), self.bias.own, r.weights).mean(1)
+
 
 class HstuEncoder(nn.Module):
-    """Layers over both streams. Candidates read the history's keys and values and never one another."""
+    """Layers over both streams: histories are encoded once, candidates read them and never one another."""
 
     def __init__(self, config: Model, window: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(HstuLayer(config, window) for _ in range(config.layers))
 
-    def forward(self, h: Tensor, c: Tensor, h_rel: Relation, c_rel: Relation, noise: Noise | None) -> Tensor:
-        """History [B, N, D] and candidates [B, M, D] -> encoded candidates [B, M, D]."""
+    def encode(self, h: Tensor, relation: Relation, noise: Noise | None) -> Iterator[KeyValue]:
+        """History [B, N, D] -> what each layer shows of it: keys and values, [B, H, N, E] each.
+
+        Lazy, so that in training both streams go through a layer before the next one begins: gradients are then
+        summed in one order, whoever calls.
+        """
         for i, layer in enumerate(cast("list[HstuLayer]", self.layers)):
             own = layer.uvqk(h)
-            history_kv = (own[3], own[1])
-            c = layer.update(c, layer.uvqk(c), history_kv, c_rel, noise, 1)
+            shown = (own[3], own[1])
+            yield shown
             if i + 1 < len(self.layers):
-                h = layer.update(h, own, history_kv, h_rel, noise, 0)
+                h = layer.update(h, own, shown, relation, noise, 0)
+
+    def read(
+        self,
+        c: Tensor,
+        shown: Iterable[KeyValue],
+        relation: Relation,
+        noise: Noise | None,
+        shares: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Candidates [B, M, D] read encoded histories -> encoded candidates [B, M, D].
+
+        A list given as `shares` gets each layer's attention shares, [B, M, N] (see `HstuLayer.shares`).
+        """
+        for layer, history_kv in zip(cast("list[HstuLayer]", self.layers), shown, strict=True):
+            own = layer.uvqk(c)
+            if shares is not None:
+                shares.append(layer.shares(own, history_kv, relation))
+            c = layer.update(c, own, history_kv, relation, noise, 1)
         return c

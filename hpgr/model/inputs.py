@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hpgr.schema import Array, Batch, Ints, offsets_of
+from hpgr.schema import NO_LABEL, Array, Batch, Ints, offsets_of
 
 
 @dataclass(frozen=True)
@@ -46,31 +46,51 @@ def round_up(size: int, lanes: int = LANES) -> int:
 
 def pad(batch: Batch, device: torch.device | str = "cpu", lanes: int = LANES) -> Inputs:
     """Pad a batch with zeros to its longest history and its longest candidate list, both rounded up to `lanes`."""
-
-    def stream(lengths: Ints, names: dict[str, tuple[Array, type]]) -> dict[str, Tensor]:
-        width = round_up(int(lengths.max(initial=1)), lanes)
-        rows = np.repeat(np.arange(len(lengths)), lengths)
-        columns = np.arange(len(rows)) - np.repeat(offsets_of(lengths)[:-1], lengths)
-        out = {}
-        for name, (values, kind) in names.items():
-            padded = np.zeros((len(lengths), width, *values.shape[1:]), kind)
-            padded[rows, columns] = values
-            out[name] = torch.from_numpy(padded).to(device, non_blocking=True)
-        return out
-
     i, f, b = np.int64, np.float32, np.bool_
-    history = stream(batch.h_lengths, {
+    history = _padded(batch.h_lengths, device, lanes, {
         "h_real": (np.ones(len(batch.h_item), b), b), "h_item": (batch.h_item, i), "h_time": (batch.h_time, i),
         "h_action": (batch.h_action, i), "h_visible": (batch.h_visible, i), "h_session": (batch.h_session, i),
         "h_masked": (batch.h_masked, b), "h_cat": (batch.h_cat, i), "h_num": (batch.h_num, f),
     })  # fmt: skip
-    candidates = stream(batch.t_lengths, {
+    candidates = _padded(batch.t_lengths, device, lanes, {
         "c_real": (np.ones(len(batch.t_item), b), b), "c_item": (batch.t_item, i), "c_time": (batch.t_time, i),
         "c_visible": (batch.t_visible, i), "c_label": (batch.t_label, i),
         "c_cat": (batch.t_cat, i), "c_num": (batch.t_num, f),
     })  # fmt: skip
     causal = torch.from_numpy(np.asarray(batch.causal, bool)).to(device)
     return Inputs(key=batch.row_key, causal=causal, **history, **candidates)
+
+
+def _padded(
+    lengths: Ints, device: torch.device | str, lanes: int, columns: dict[str, tuple[Array, type]]
+) -> dict[str, Tensor]:
+    width = round_up(int(lengths.max(initial=1)), lanes)
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    place = np.arange(len(rows)) - np.repeat(offsets_of(lengths)[:-1], lengths)
+    out = {}
+    for name, (values, kind) in columns.items():
+        padded = np.zeros((len(lengths), width, *values.shape[1:]), kind)
+        padded[rows, place] = values
+        out[name] = torch.from_numpy(padded).to(device, non_blocking=True)
+    return out
+
+
+def with_candidates(x: Inputs, rows: Ints, lengths: Ints, columns: dict[str, Array]) -> Inputs:
+    """Rows `rows` of a batch's histories, each with candidates of its own instead of the batch's.
+
+    Args:
+        rows: [R] rows of `x`, repeated or not.
+        lengths: [R] candidates of each.
+        columns: flat c_item, c_time, c_visible [I], c_cat [I, F] and c_num [I, G]; labels are absent.
+    """
+    device = x.h_item.device
+    index = torch.from_numpy(rows).to(device)
+    history = {f.name: getattr(x, f.name)[index] for f in fields(x) if f.name.startswith("h_")}
+    kinds = {"c_num": np.float32, "c_real": np.bool_}
+    n = len(columns["c_item"])
+    every = columns | {"c_real": np.ones(n, bool), "c_label": np.full(n, NO_LABEL)}
+    candidates = _padded(lengths, device, 1, {k: (v, kinds.get(k, np.int64)) for k, v in every.items()})
+    return Inputs(key=x.key[rows], causal=x.causal[index], **history, **candidates)
 
 
 def unpad(values: Tensor, real: Tensor) -> Array:

@@ -44,10 +44,14 @@ def sortable(relevance: Tensor, visible: Tensor) -> Tensor:
 
     Exact for float32, so equal relevances are told apart by recency alone; invisible events sort lowest.
     """
-    bits = (relevance.float() + 0.0).view(torch.int32)
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
     place = torch.arange(relevance.shape[-1], device=relevance.device)
-    return torch.where(place < visible[..., None], (ordered << 32) | place, LOWEST)
+    return torch.where(place < visible[..., None], (ordered_bits(relevance) << 32) | place, LOWEST)
+
+
+def ordered_bits(values: Tensor) -> Tensor:
+    """Integers in the order of float32 values, any shape: int64 of 32 bits."""
+    bits = (values.float() + 0.0).view(torch.int32)
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
 
 
 def gaussian_weights(anchors: Tensor, real: Tensor, visible: Tensor, n: int, sigma: float) -> Tensor:

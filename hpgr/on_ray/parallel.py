@@ -60,11 +60,11 @@ class RayExecute:
                     spoken = time.monotonic()
                     self.say(f"{name}: {len(results)}/{len(items)} pieces, {spoken - start:.0f} s")
         except RayError as error:
-            raise HpgrError(f"{name}: a task failed: {_cause(error)}") from error
+            raise HpgrError(f"{name}: a task failed: {cause(error)}") from error
         return [results[i] for i in range(len(items))]
 
 
-def _cause(error: BaseException) -> str:
+def cause(error: BaseException) -> str:
     """The innermost message of a Ray error, one line."""
     while error.__cause__ is not None:
         error = error.__cause__

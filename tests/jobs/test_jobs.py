@@ -167,10 +167,11 @@ def test_commands_of_the_readme_parse() -> None:
     readme = (ROOT / "README.md").read_text()
     commands = re.findall(r"(?:python|--) (jobs/\w+\.py)((?: [^\n`#\\]*)?)", readme.replace("\\\n", " "))
     assert commands
-    known = {"--config", "--set", "--run", "--resume", "--print-config"}
+    shared = (ROOT / "hpgr/on_ray/command.py").read_text()
     for job, rest in commands:
         assert (ROOT / job).is_file(), job
         words = shlex.split(rest)
+        known = set(re.findall(r'"(--[a-z-]+)"', (ROOT / job).read_text() + shared))
         assert {w for w in words if w.startswith("--")} <= known, rest
         for name in (w for w in words if w.startswith("jobs/configs/")):
             assert (ROOT / name).is_file(), name

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import psutil
 import pytest
 import yaml
 
@@ -211,3 +212,26 @@ def test_a_trial_may_use_several_workers(tmp_path: Path) -> None:
     assert alone.returncode == 0, alone.stderr
     single = json.loads((tmp_path / "one/search.json").read_text())
     assert found["default"]["auc"] == pytest.approx(single["default"]["auc"], abs=2e-3)
+
+
+@pytest.mark.slow
+def test_a_trial_whose_process_dies_goes_on(tmp_path: Path) -> None:
+    """Tune starts it anew; it continues from its own last checkpoint."""
+    space = space_file(tmp_path, budget={"trials": 2})
+    words = command(tmp_path, "--space", space, "--run", "r", "--set", "stage1.epochs=12")
+    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    while not list(tmp_path.glob("r/stage1/*/checkpoints/step-*/checksums.json")):
+        assert process.poll() is None
+        time.sleep(0.2)
+    trials = [p for p in psutil.Process(process.pid).children(recursive=True) if "ray::ImplicitFunc" in p.name()
+              or any("ImplicitFunc" in part for part in p.cmdline())]  # fmt: skip
+    assert trials
+    for victim in trials:
+        victim.kill()
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    found = json.loads((tmp_path / "r/search.json").read_text())
+    assert (found["trials_finished"], found["trials_failed"]) == (2, 0)
+    logs = json.loads(next(tmp_path.glob("r/stage1/*/done.json")).read_text())
+    assert len(logs["curve"]) == len({point["step"] for point in logs["curve"]})

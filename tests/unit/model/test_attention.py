@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hpgr.model.attention import attend
+from hpgr.model.attention import attend, attention_shares
 from hpgr.model.hstu import RelativeBias, relate
 from hpgr.model.pgsa import visible_mask
 from hpgr.model.timing import time_bucket
@@ -106,3 +106,20 @@ def test_bias_equals_the_loop() -> None:
                     expected = bias.position[h, r.distance[b, m, j]] + bias.time[h, r.age[b, m, j]]
                     expected = expected + bias.match[h] * r.same[b, m, j]
                     assert float(got[b, h, m, j]) == pytest.approx(float(expected.detach()), abs=1e-6)
+
+
+def test_shares_are_the_sizes_of_what_attention_sums() -> None:
+    """Against one key at a time through `attend`, whose divisor cancels; the query's own share is the rest."""
+    generator = torch.Generator().manual_seed(5)
+    q, k, own, bias = (torch.randn(1, 2, n, 3, generator=generator) for n in (4, 6, 4, 4))
+    bias, self_bias = torch.randn(1, 2, 4, 6, generator=generator), bias[0, :, 0, 0]
+    g = torch.rand(1, 4, 6, generator=generator) * (torch.rand(1, 4, 6, generator=generator) > 0.4)
+    shares = attention_shares(q, k, own, bias, self_bias, g)
+    ones, nothing = torch.ones(1, 2, 6, 1), torch.zeros(1, 2, 4, 1)
+    one = [ones * (torch.arange(6) == j)[:, None] for j in range(6)]
+    parts = [attend(q, k, v, (own, nothing), bias, self_bias, g)[..., 0] for v in one]
+    self_part = attend(q, k, ones * 0, (own, nothing + 1), bias, self_bias, g)
+    sizes = torch.stack(parts, -1).abs()
+    torch.testing.assert_close(shares, sizes / (sizes.sum(-1, keepdim=True) + self_part.abs()))
+    assert (shares[:, :, g[0] == 0] == 0).all()
+    assert (shares.sum(-1) < 1).all()

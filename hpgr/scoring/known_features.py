@@ -1,0 +1,96 @@
+"""Features that candidates do not tell, from what the log told last [D].
+
+A feature of the user is that of the user's last visible event. A feature of an item is that of its last event in the
+run's training time, of whichever user: later events would tell a test what only the future knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from hpgr.config import Data
+from hpgr.data.preparation import Execute, Prepared
+from hpgr.data.timelines import features_of
+from hpgr.data.vocabulary import MISSING
+from hpgr.schema import Array, Timelines
+from hpgr.scoring.pairs import Pairs
+
+KINDS: tuple[tuple[str, float], ...] = (("cat", MISSING), ("num", np.nan))
+
+
+@dataclass(frozen=True)
+class ItemFeatures:
+    """Last known history features of catalogue items: `cat` [V, F] and `num` [V, G], by item index."""
+
+    cat: Array
+    num: Array
+
+    def to_table(self) -> pa.Table:
+        """One row an item index."""
+        columns = [(f"cat{i}", c) for i, c in enumerate(self.cat.T)] + [
+            (f"num{i}", c) for i, c in enumerate(self.num.T)
+        ]
+        return pa.table(dict(columns))
+
+    @classmethod
+    def from_table(cls, table: pa.Table) -> ItemFeatures:
+        parts = {kind: [table[n].to_numpy() for n in table.column_names if n.startswith(kind)] for kind, _ in KINDS}
+        empty = np.zeros((table.num_rows, 0))
+        return cls(*(np.stack(parts[kind], 1) if parts[kind] else empty for kind, _ in KINDS))
+
+
+def learn_item_features(prepared: Prepared, first_item: int, size: int, execute: Execute) -> ItemFeatures:
+    """Features of each item's last training event; missing for items without one and for unknown items."""
+    parts = list(execute("item features", partial(_last_events, prepared=prepared), range(prepared.buckets)))
+    item, time, cat, num = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    order = np.lexsort((time, item))
+    last = order[np.flatnonzero(np.diff(item[order], append=-1))]
+    out = ItemFeatures(np.full((size, cat.shape[1]), MISSING), np.full((size, num.shape[1]), np.nan, np.float32))
+    last = last[item[last] >= first_item]
+    out.cat[item[last]], out.num[item[last]] = cat[last], num[last]
+    return out
+
+
+def _last_events(bucket: int, prepared: Prepared) -> tuple[Array, Array, Array, Array]:
+    """Item, time and features of each item's last training event in a bucket."""
+    t = Timelines.from_table(prepared.timelines(bucket))
+    place = np.arange(len(t.h_item)) - np.repeat(t.h_offsets[:-1], np.diff(t.h_offsets))
+    training = np.flatnonzero(place < np.repeat(t.n_train, np.diff(t.h_offsets)))
+    item, time = t.h_item[training].astype(np.int64), t.h_time[training]
+    order = np.lexsort((time, item))
+    last = training[order[np.flatnonzero(np.diff(item[order], append=-1))]]
+    return t.h_item[last].astype(np.int64), t.h_time[last], t.h_cat[last], t.h_num[last]
+
+
+def lacks_item_features(data: Data, given: Iterable[str]) -> bool:
+    """Whether the model shows item features that candidates do not tell."""
+    shown = [f for kind, _ in KINDS for f in features_of(data.features, "t_", kind)]
+    return any(f.role == "item" and f.name not in given for f in shown)
+
+
+def with_known_features(
+    pairs: Pairs, timelines: Timelines, items: ItemFeatures | None, data: Data, given: Iterable[str]
+) -> Pairs:
+    """The pairs with their users' and items' known features in place of those not `given`."""
+    last = np.maximum(timelines.h_offsets[pairs.row] + pairs.visible - 1, 0)
+    out: dict[str, Any] = {}
+    for kind, missing in KINDS:
+        history = getattr(timelines, "h_" + kind)
+        shown = [f.name for f in features_of(data.features, "h_", kind)]
+        values = getattr(pairs, kind).copy()
+        for place, feature in enumerate(features_of(data.features, "t_", kind)):
+            if feature.name in given:
+                continue
+            if feature.role == "user" and len(history):
+                known = history[np.minimum(last, len(history) - 1), shown.index(feature.name)]
+                values[:, place] = np.where(pairs.visible > 0, known, missing)
+            elif feature.role == "item" and items is not None:
+                values[:, place] = getattr(items, kind)[pairs.item, shown.index(feature.name)]
+        out[kind] = values
+    return replace(pairs, **out)

@@ -1,0 +1,50 @@
+#!/usr/bin/env python
+"""Measure speed and memory, each way against its baseline in the same run; ratios come first.
+
+python jobs/benchmark.py score                                     # a million pairs: minutes on 2 cores
+python jobs/benchmark.py score --users 500 --rounds 2 --json score.json
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from hpgr.on_ray import command
+
+BENCHMARKS = {"score": "cached batch scoring against encoding the history anew for each candidate"}
+"""Modules of hpgr.on_ray.benchmarks, with what they compare."""
+
+
+def job(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = parser.add_subparsers(dest="name", required=True)
+    for name, text in BENCHMARKS.items():
+        one = names.add_parser(name, help=text, description=text)
+        one.add_argument("--json", metavar="FILE", help="write the figures here")
+        import_module(f"hpgr.on_ray.benchmarks.{name}").arguments(one)
+    arguments = parser.parse_args(argv)
+    figures = import_module(f"hpgr.on_ray.benchmarks.{arguments.name}").run(arguments, command.say)
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(figures, indent=2), encoding="utf-8")
+    print("\n".join(["", *lines(figures)]), flush=True)
+
+
+def lines(figures: dict[str, Any], before: str = "") -> list[str]:
+    """The figures, one a line, ratios first."""
+    out = []
+    for key, value in figures.items():
+        if isinstance(value, dict):
+            out += lines(value, f"{before}{key}.")
+        else:
+            out.append(f"{before}{key:<40}{value:,.4g}" if isinstance(value, float) else f"{before}{key:<40}{value}")
+    return out
+
+
+if __name__ == "__main__":
+    command.main(job)

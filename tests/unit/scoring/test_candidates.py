@@ -1,0 +1,96 @@
+"""Candidate tables: their forms, what is refused, and how they are dealt to shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers_model import LOG, tiny
+from helpers_scoring import write
+
+from hpgr.artifacts import Folder
+from hpgr.config import Data
+from hpgr.data import candidates
+from hpgr.data.candidates import candidates_in, deal, dealt_rows, find_candidates
+from hpgr.errors import DataError
+from hpgr.scoring.request import Options
+
+DATA: Data = tiny(data=LOG).data
+PAIRS: dict[str, Any] = {"user_id": ["a", "b"], "item_id": ["x", "y"]}
+
+
+@pytest.mark.parametrize(
+    ("columns", "kind", "time", "request_columns", "features"),
+    [
+        (PAIRS, "pairs", False, (), ()),
+        (PAIRS | {"timestamp": [1, 2], "list_id": ["l", "m"], "slot": [0, 1]}, "pairs", True, ("list_id",), ("slot",)),
+        ({"user_id": ["a"], "item_id": [["x", "y"]]}, "lists", False, (), ()),
+        ({"item_id": ["x", "y"], "device": ["p", "p"]}, "all", False, (), ("device",)),
+        ({"item_id": ["x"], "timestamp": [1], "extra": [None]}, "all", False, (), ()),
+    ],
+)
+def test_the_form_follows_from_the_columns(
+    tmp_path: Path, columns: dict[str, Any], kind: str, time: bool, request_columns: tuple[str], features: tuple[str]
+) -> None:
+    layout = find_candidates([write(tmp_path / "c.parquet", columns)], DATA).layout
+    assert (layout.kind, layout.time, layout.request, layout.features) == (kind, time, request_columns, features)
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"user": ["a"], "item": ["x"]}, "no column 'item_id'"),
+        ({"item_id": [["x"]]}, "no column 'user_id'"),
+    ],
+)
+def test_tables_that_cannot_be_read_say_why(tmp_path: Path, columns: dict[str, Any], words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        find_candidates([write(tmp_path / "c.parquet", columns)], DATA)
+
+
+def test_files_of_different_forms_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "c/1.parquet", PAIRS)
+    write(tmp_path / "c/2.parquet", {"item_id": ["x"]})
+    with pytest.raises(DataError, match="files of one form"):
+        find_candidates([str(tmp_path / "c")], DATA)
+
+
+def test_a_file_that_is_no_parquet_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "c.parquet").write_text("user_id,item_id")
+    with pytest.raises(DataError, match="not a whole Parquet file"):
+        find_candidates([str(tmp_path / "c.parquet")], DATA)
+
+
+@pytest.mark.parametrize("shards", [1, 5])
+@pytest.mark.parametrize("lists", [False, True])
+def test_every_candidate_is_dealt_to_one_shard_with_its_user(
+    tmp_path: Path, shards: int, lists: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several files, read in several blocks."""
+    monkeypatch.setattr(candidates, "BLOCK_VALUES", 16)
+    rng, asked = np.random.default_rng(0), []
+    for number in range(3):
+        users = [f"u{i}" for i in rng.integers(0, 12, 20)]
+        items = [[f"i{j}" for j in rng.integers(0, 9, rng.integers(0, 4))] for _ in users]
+        pairs = [(u, i) for u, some in zip(users, items, strict=True) for i in some]
+        asked += pairs
+        columns = (users, items) if lists else ([u for u, _ in pairs], [i for _, i in pairs])
+        write(tmp_path / f"c/{number}.parquet", dict(zip(("user_id", "item_id"), columns, strict=True)))
+    found, folder = find_candidates([str(tmp_path / "c")], DATA), Folder(str(tmp_path / "out"))
+    pieces = found.pieces(DATA)
+    counts = sum(deal(p, DATA, found.layout, folder, shards)["rows"] for p in pieces)
+    if not lists:
+        assert sum(candidates_in(p, DATA) for p in pieces) == len(asked)
+    parts = [dealt_rows(s, shards, folder, DATA, found.layout) for s in range(shards)]
+    assert [p.num_rows for p in parts] == counts.tolist()
+    got = [list(zip(p["user"].to_pylist(), p["item"].to_pylist(), strict=True)) for p in parts]
+    assert sorted(pair for part in got for pair in part) == sorted(asked)
+    homes = [{user for user, _ in part} for part in got]
+    assert sum(map(len, homes)) == len(set().union(*homes))
+
+
+@pytest.mark.parametrize(("buckets", "pairs", "expected"), [(1, 0, 1), (3, 10, 3), (3, 1000, 12), (8, 10**9, 8192)])
+def test_shards_are_a_multiple_of_the_buckets(buckets: int, pairs: int, expected: int) -> None:
+    assert Options(0, shard_pairs=100).shards(buckets, pairs) == expected
