@@ -45,6 +45,7 @@ Execute = Callable[[str, Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 """Runs a function over items, in any order or place, and yields the results in the items' order."""
 
 BUCKET_ROWS = 400_000
+VOCABULARY_FILES = ("vocabulary.parquet", "vocabulary.json")
 SPLIT_NAMES = ("train", "validation", "test")
 
 
@@ -67,6 +68,12 @@ class Prepared:
         return Vocabulary.from_tables(
             self.folder.read_parquet("vocabulary.parquet"), self.folder.read_json("vocabulary.json")
         )
+
+    def keep(self, folder: Folder) -> None:
+        """Copy what a model needs of the log beside it: manifest, with where the log is, and vocabulary."""
+        for name in VOCABULARY_FILES:
+            folder.write(name, self.folder.read(name))
+        folder.write_json("manifest.json", self.manifest | {"uri": self.folder.uri})
 
     @classmethod
     def open(cls, folder: Folder) -> Prepared:

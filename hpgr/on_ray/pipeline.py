@@ -87,6 +87,7 @@ def two_stage(request: Request, say: Say) -> tuple[dict[str, Any], str]:
         execute = RayExecute(say)
         ready = time.monotonic()
         run = Run(config, folder, prepared_log(config, execute, say))
+        run.prepared.keep(folder.sub("prepared"))
         for name in INDEXES:
             build_index(run.prepared, config, run.index_folder, name, execute)
         statistics = _session_statistics(run, execute)

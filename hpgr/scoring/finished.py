@@ -16,8 +16,6 @@ from hpgr.model.hpgr import ClickModel, MaskedItemModel
 from hpgr.training import checkpoint
 from hpgr.training.two_stage import Run, stage_key
 
-VOCABULARY_FILES = ("vocabulary.parquet", "vocabulary.json")
-
 
 @dataclass(frozen=True)
 class Finished:
@@ -77,10 +75,16 @@ def _best(run: Run, stage: str) -> bytes:
 
 
 def _prepared(config: Config, folder: Folder, given: str | None) -> Prepared:
-    """The prepared log that the run was trained on: the one whose key the run's stage 2 bears."""
+    """The prepared log that the run was trained on: the one whose key the run's stage 2 bears.
+
+    The run's own copy of its manifest and vocabulary comes last: it has no timelines.
+    """
     key = folder.read_json("stage2/done.json")["settings"]
+    own = folder.sub("prepared")
     places = [Folder(absolute(given))] if given else []
+    places += [Folder(own.read_json("manifest.json")["uri"])] if own.exists("manifest.json") else []
     places += [home.sub(name) for home in (Folder(absolute(config.data.prepared)),) for name in home.entries()]
+    places.append(own)  # without timelines, but enough for new users
     for place in places:
         found = _opened(place)
         if found is not None and stage_key(config, found, "stage2") == key:

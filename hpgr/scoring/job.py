@@ -20,7 +20,7 @@ from hpgr.data.candidates import Candidates, candidates_in, deal, find_candidate
 from hpgr.data.new_log import prepare_new
 from hpgr.data.preparation import Execute, Prepared, versions
 from hpgr.data.sources import Fragment
-from hpgr.errors import ConfigError
+from hpgr.errors import ArtifactError, ConfigError
 from hpgr.schema import SECOND
 from hpgr.scoring import output
 from hpgr.scoring.finished import Finished, open_finished
@@ -114,6 +114,9 @@ def _refuse(wish: Wish, finished: Finished) -> None:
 
 def _users(finished: Finished, wish: Wish, execute: Execute, say: Say) -> Prepared:
     if wish.users is None:
+        if not finished.run.prepared.folder.exists("timelines"):
+            raise ArtifactError("the timelines of the log that the run was trained on are gone; give --users PATH, a "
+                                "log of the users to score, or --prepared DIR where the prepared log is")  # fmt: skip
         return finished.run.prepared
     return prepare_new(finished.config.data, finished.run.prepared, [wish.users], execute, say)
 

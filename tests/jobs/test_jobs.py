@@ -55,7 +55,16 @@ def test_metrics_keep_their_promised_keys(finished: tuple[Path, str]) -> None:
 
 def test_a_run_folder_is_enough(finished: tuple[Path, str]) -> None:
     folder = finished[0]
-    for name in ("config.yaml", "run.json", "metrics.json", "report.html", "stage1/done.json", "stage2/done.json"):
+    for name in (
+        "config.yaml",
+        "run.json",
+        "metrics.json",
+        "report.html",
+        "stage1/done.json",
+        "stage2/done.json",
+        "prepared/manifest.json",
+        "prepared/vocabulary.parquet",
+    ):
         assert (folder / name).is_file(), name
     best = json.loads((folder / "stage2/done.json").read_text())["best_file"]
     assert (folder / "stage2" / best).suffix == ".safetensors"

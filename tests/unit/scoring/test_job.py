@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,12 @@ from helpers_model import CPU, LOG, quiet
 from helpers_scoring import batch, finished_run, impressions, item_ids, raw_log, score_here, scores_in, write
 
 from hpgr.artifacts import Folder
-from hpgr.data.preparation import in_process
+from hpgr.data.preparation import Prepared, in_process
 from hpgr.data.stream import LocalSource
 from hpgr.errors import ArtifactError, ConfigError, DataError, HpgrError
 from hpgr.evaluation import rank_next_items
 from hpgr.scoring import job, output
-from hpgr.scoring.finished import Finished
+from hpgr.scoring.finished import Finished, open_finished
 from hpgr.scoring.job import Wish, account_lines, batch_score, moment
 
 
@@ -460,3 +461,30 @@ def test_moments(finished: Finished, text: str | None, expected: int) -> None:
 def test_ids_of_the_helper_are_the_vocabularys(finished: Finished, items: list[str]) -> None:
     first = finished.run.sizes().first_item
     assert item_ids(finished, [first, first + 1, 2]) == [items[0], items[1], None]
+
+
+def test_a_run_folder_is_enough_for_new_users(tmp_path: Path) -> None:
+    """The prepared log is gone: the run's copy of its vocabulary scores a new log as before, and nothing else."""
+    before = finished_run(tmp_path)
+    log = write(tmp_path / "new/log.parquet", raw_log(before.run))
+    items = before.run.prepared.vocabulary().items["value"].to_pylist()[:3]
+    asked = {"users": log, "candidates": write(tmp_path / "items.parquet", {"item_id": items})}
+    _, expected = batch(before, tmp_path / "before", **asked)
+    before.run.prepared.keep(before.run.folder.sub("prepared"))
+    shutil.rmtree(before.run.prepared.folder.uri)
+    after = open_finished(before.run.folder.uri)
+    assert after.run.prepared.folder.uri == before.run.folder.sub("prepared").uri
+    _, found = batch(after, tmp_path / "after", **asked)
+    assert found.equals(expected)
+    with pytest.raises(ArtifactError, match=r"timelines of the log .* are gone; give --users"):
+        batch(after, tmp_path / "own", candidates=asked["candidates"])
+
+
+def test_a_run_knows_where_its_log_is(tmp_path: Path) -> None:
+    finished = finished_run(tmp_path)
+    moved = tmp_path / "elsewhere"
+    shutil.move(finished.run.prepared.folder.uri, moved)
+    with pytest.raises(ArtifactError, match="name the prepared log with --prepared"):
+        open_finished(finished.run.folder.uri)
+    Prepared.open(Folder(str(moved))).keep(finished.run.folder.sub("prepared"))
+    assert open_finished(finished.run.folder.uri).run.prepared.folder.uri == str(moved)
