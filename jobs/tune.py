@@ -52,10 +52,11 @@ def job(argv: Sequence[str]) -> None:
 
 def next_commands(folder: str, best: str) -> list[str]:
     """What one would type next."""
-    return [
-        f"python jobs/two_stage.py --config {shlex.quote(folder)}/best.yaml --set seed=1",
-        f"optuna-dashboard sqlite:///{shlex.quote(folder)}/study.db",
-    ]
+    commands = [f"python jobs/batch_score.py --run {shlex.quote(best)} --top-n 10 --output scores"]
+    if "://" in folder:
+        return commands
+    again = f"python jobs/two_stage.py --config {shlex.quote(folder)}/best.yaml --set seed=1"
+    return [again, *commands, f"optuna-dashboard sqlite:///{shlex.quote(folder)}/study.db"]
 
 
 if __name__ == "__main__":

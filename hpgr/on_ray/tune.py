@@ -173,6 +173,7 @@ class _Search:
         finally:
             watch.stop()
             self.study.remember("seconds", self.clock())
+            self.study.save()
 
     def run(self, searcher: StudySearcher, most: int) -> None:
         """Try configurations, `most` at once, until the budget is used."""

@@ -101,7 +101,7 @@ class Study:
                     return None
                 self._study.enqueue_trial(fresh)
         self._known[found.key] = found.number
-        self._save()
+        self.save()
         return found
 
     def _new(self) -> Draw | None:
@@ -150,7 +150,7 @@ class Study:
     def finish(self, number: int, state: str, **attributes: Any) -> None:
         """End a trial: `finished` (attributes hold its objectives), `pruned` or `failed` (with an `error`)."""
         self._tell(number, state, **attributes)
-        self._save()
+        self.save()
 
     def rows(self) -> list[TrialRow]:
         """All draws in order."""
@@ -193,6 +193,11 @@ class Study:
 
     def remember(self, name: str, value: Any) -> None:
         self._study.set_user_attr(name, value)
+
+    def save(self) -> None:
+        """Bring the file to where it belongs; every draw and every end of a trial does so too."""
+        if not self._folder.is_local:
+            self._folder.write(FILE, self._path.read_bytes())
 
     def draw_of(self, number: int) -> Draw:
         """The configuration of a trial."""
@@ -255,10 +260,6 @@ class Study:
 
     def _attributes(self, number: int) -> dict[str, Any]:
         return self._storage.get_trial(self._id(number)).user_attrs
-
-    def _save(self) -> None:
-        if not self._folder.is_local:
-            self._folder.write(FILE, self._path.read_bytes())
 
 
 def _state(trial: FrozenTrial) -> str:
