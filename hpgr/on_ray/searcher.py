@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -10,8 +12,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.fs as pafs
+import ray
+from ray._raylet import PlacementGroupID
 from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search import Searcher
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from hpgr.artifacts import Folder
 from hpgr.config import dump
@@ -22,6 +27,9 @@ from hpgr.search.study import Draw, Study
 
 TIME, METRIC = "progress", "best_auc"
 """Report keys that ASHA compares trials by: epochs of stage 2 done, and best validation AUC so far."""
+
+
+FREE_AFTER_SECONDS = 3.0 + float(os.environ["TUNE_FORCE_TRIAL_CLEANUP_S"])
 
 
 @dataclass
@@ -41,6 +49,8 @@ class _Running:
     before: float
     """Seconds of earlier attempts."""
     seconds: float = 0.0
+    place: str = ""
+    """Placement group of its Ray Train workers, if it has some."""
 
 
 class StudySearcher(Searcher):  # type: ignore[misc]
@@ -115,6 +125,9 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         running = self._running.get(trial_id)
         if running is None or "stage" not in result:
             return
+        if running.place and result.get("place", running.place) != running.place:
+            self._free(running.place)
+        running.place = result.get("place", running.place)
         seconds = result.get("seconds", result.get("time_total_s", 0.0))
         if seconds < running.seconds:  # Tune has started the trial anew
             running.before += running.seconds
@@ -150,9 +163,21 @@ class StudySearcher(Searcher):  # type: ignore[misc]
             state, kept = "finished", kept | {k: result[k] for k in ("auc", "keys", "seconds_a_million")}
         else:
             state = "pruned"
+        if running.place and stage != DONE:
+            self._free(running.place)
         self._study.finish(draw.number, state, **kept)
         self._study.remember("seconds", self._clock())
         self._tell(draw, state, kept, row)
+
+    def _free(self, place: str) -> None:
+        """Give back the places of a stopped trial's workers, once Tune has ended its process.
+
+        Ray Train leaves it to an actor that asks the dashboard's API, and that fails where there is no dashboard, or
+        where several Rays run on one machine (2.60). While the process lives, it would only start new workers.
+        """
+        timer = threading.Timer(FREE_AFTER_SECONDS, _remove, (place,))
+        timer.daemon = True
+        timer.start()
 
     def _crash(self, draw: Draw) -> str:
         folder = self._folder.sub("trials").sub(draw.name)
@@ -174,6 +199,11 @@ class StudySearcher(Searcher):  # type: ignore[misc]
 
     def restore(self, checkpoint_path: str) -> None:
         """Nothing: the study is the state."""
+
+
+def _remove(place: str) -> None:
+    if ray.is_initialized():
+        remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(place)))
 
 
 def _short(value: Any) -> str:

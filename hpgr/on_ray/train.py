@@ -252,7 +252,10 @@ def _worker(payload: dict[str, Any]) -> None:
     log = Log(run.folder, active=rank == 0)
     say = lambda line: ray.get(mailbox.say.remote(line))
     try:
-        result = train(run, Worker(source, get_device(), say, lambda m: ray.train.report(m), log), payload["test"])
+        place = ray.util.get_current_placement_group()
+        where = {"place": place.id.hex()} if place is not None else {}
+        report = lambda told: ray.train.report(told | where)
+        result = train(run, Worker(source, get_device(), say, report, log), payload["test"])
         if rank == 0:
             ray.get(mailbox.finish.remote(result))
     except HpgrError as error:
