@@ -38,6 +38,10 @@ AXES, PAIRED, LEADERS = 8, 3, 5
 BOARD = "{:>5}  {:<15}  {:>6}  {:>11}  {}"
 
 
+OPEN_QUESTIONS = ("model.pgsa.top_k", "stream.session_gap_minutes")
+"""Settings that the paper gives no values for: their pair is always drawn where both vary."""
+
+
 def render_search(data: SearchData) -> str:
     """One HTML page with inline style and plots, equal for equal data; loads nothing from elsewhere."""
     goals = f"validation AUC against {data.cost_name}" if data.cost_name else "validation AUC"
@@ -192,12 +196,15 @@ def _section_pairs(data: SearchData) -> Section:
     if not scored:
         return Section("pairs", title, [Text("No trial has finished: there is no AUC to draw over pairs.")])
     outcomes = _outcomes(scored, data.best)
-    src = plots.contours([_axis(data, d, scored) for d in chosen], outcomes.auc, outcomes.best)
+    groups, open_questions = [chosen], [d for d in data.dimensions if d.path in OPEN_QUESTIONS]
+    if len(open_questions) == 2 and not {d.path for d in open_questions} <= {d.path for d in chosen}:
+        groups.append(open_questions)
+    drawn = [plots.contours([_axis(data, d, scored) for d in group], outcomes.auc, outcomes.best) for group in groups]
     caption = (
         "Finished trials, coloured by their AUC; between them it is interpolated where there are at least "
         f"{plots.SURFACE_POINTS} different points. The most important settings, where that is known; ringed: the best."
     )
-    return Section("pairs", title, [Drawing("", src, caption)])
+    return Section("pairs", title, [Drawing("", src, caption if src is drawn[-1] else "") for src in drawn])
 
 
 def _section_parallel(data: SearchData) -> Section:

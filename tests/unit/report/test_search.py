@@ -207,6 +207,17 @@ def test_axes_hold_positions_of_numbers_and_categories(drawn):
     assert [a.label for a in drawn["contours"][0]] == ["lr", "session_gap_minutes", "dropout"]
 
 
+def test_anchors_over_session_gap_are_drawn_however_little_they_matter(monkeypatch):
+    groups: list[list[str]] = []
+    monkeypatch.setattr(search_plots, "contours", lambda axes, *_: groups.append([a.label for a in axes]) or "data:,")
+    top_k = Dimension("model.pgsa.top_k", "category", choices=(8, 32))
+    render_search(full())
+    assert groups == [["lr", "session_gap_minutes", "dropout"]]
+    more = {"dimensions": (top_k, *DIMENSIONS), "importance": {LR.path: 0.6, DROPOUT.path: 0.3, GAP.path: 0.1}}
+    render_search(full(**more))
+    assert groups[1:] == [["lr", "dropout", "session_gap_minutes"], ["top_k", "session_gap_minutes"]]
+
+
 def test_a_choice_of_true_is_not_the_choice_of_one(drawn):
     odd = Dimension("a.odd", "category", choices=(1, True, None, "1"))
     rows = [trial(i, values={"a.odd": v}) for i, v in enumerate(("1", None, True, 1, 2))]
