@@ -205,10 +205,17 @@ class Pgsa(Section):
     """Who attends sparsely: candidates only, or history events too."""
     top_k: Count = 32
     """Anchors a query."""
-    sigma: Annotated[float, Field(ge=0)] = 2.0
+    sigma: Annotated[float, Field(ge=0, le=1000)] = 2.0
     """Width of the Gaussian around an anchor, in events; 0 keeps the anchors alone."""
+    max_keys: Annotated[int, Field(ge=1)] | None = None
+    """Most events a query keeps: the largest weights, of equal ones the more recent. Without it a query keeps up to
+    top_k * (2 * ceil(3 * sigma) + 1) events, all that its Gaussians cover."""
     anchors: Literal["frozen", "live"] = "frozen"
     """Item vectors that choose anchors: a frozen copy of stage 1's table, or the table being trained."""
+    impl: Literal["reference", "gather", "auto"] = "auto"
+    """How it is computed; scores agree to 1e-5. reference: weights over the whole history. gather: kept keys alone,
+    time and memory linear in them. auto: keys chosen the fast way; on a CPU gather where a batch's padded histories
+    are long (128 events, and twice the keys a query may keep), else the whole history with its weights."""
 
 
 class Sem(Section):

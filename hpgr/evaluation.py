@@ -70,7 +70,7 @@ def scoring_cost(model: ClickModel, steps: Sequence[Step], device: torch.device)
         if step.real:
             x = pad(step.batch, device)
             with torch.no_grad():
-                kept = (model.candidate_weights(x, model.history_vectors(x)) > 0).sum(-1)
+                kept = model.kept_keys(x, model.history_vectors(x))
             candidates, keys = candidates + int(x.c_real.sum()), keys + int(kept[x.c_real].sum())
     start = time.perf_counter()
     score(model, steps, device)

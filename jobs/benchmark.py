@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 """Measure speed and memory, each way against its baseline in the same run; ratios come first.
 
+python jobs/benchmark.py attention                                 # 5 minutes on 2 cores, 9 GB for dense at 8192
 python jobs/benchmark.py score                                     # a million pairs: minutes on 2 cores
 python jobs/benchmark.py score --users 500 --rounds 2 --json score.json
 """
@@ -17,7 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hpgr.on_ray import command
 
-BENCHMARKS = {"score": "cached batch scoring against encoding the history anew for each candidate"}
+BENCHMARKS = {
+    "attention": "PGSA over kept keys against dense HSTU attention, forward and backward, by history length",
+    "score": "cached batch scoring against encoding the history anew for each candidate",
+}
 """Modules of hpgr.on_ray.benchmarks, with what they compare."""
 
 

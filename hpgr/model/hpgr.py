@@ -13,10 +13,11 @@ from torch.nn import functional as F
 
 from hpgr.config import Config
 from hpgr.model.embedding import EventEncoder, MatchFeatures, Sizes
-from hpgr.model.hstu import HstuEncoder, KeyValue, relate
+from hpgr.model.hstu import HstuEncoder, KeyValue
 from hpgr.model.inputs import Inputs
 from hpgr.model.noise import Noise, number_sites
-from hpgr.model.pgsa import gaussian_weights, select_anchors, visible_mask
+from hpgr.model.pgsa import select_anchors, visible_mask
+from hpgr.model.relation import Queries, Relation, keep, relate, relate_sparsely, sparse_weights
 from hpgr.model.sem import Sem
 
 INHERITED = ("events.", "sem.")
@@ -148,20 +149,21 @@ class ClickModel(nn.Module):
 
     def _shown(self, x: Inputs, vectors: Tensor | None, noise: Noise | None) -> Iterator[KeyValue]:
         sparse = vectors if self.config.pgsa.scope == "all" else None
-        weights = self._weights(sparse, sparse, x.h_visible, x.h_item.shape[1])
-        relation = relate(x, x.h_item, x.h_time, x.h_visible, weights, self.config, self.window)
+        relation = self._relation(x, Queries(x.h_item, x.h_time, x.h_visible), sparse, sparse, self.config.pgsa.impl)
         return self.encoder.encode(self.history(x, noise), relation, noise)
 
     def read(self, past: Past, x: Inputs, noise: Noise | None = None, shares: list[Tensor] | None = None) -> Tensor:
         """Logits of the candidates of `x` over the encoded histories of its rows: [B, M].
 
-        Of the histories themselves only items and times are read again. `shares` as in `HstuEncoder.read`.
+        Of the histories themselves only items and times are read again. `shares` as in `HstuEncoder.read`; they are
+        shares of all events, so where they are wanted the reference attends.
         """
         n = x.h_item.shape[1]
         same = (x.c_item[..., None] == x.h_item[:, None, :]) & visible_mask(x.c_visible, n)
         c = self.events.candidates(x, noise, self.match(x, same) if self.match is not None else 0.0)
-        weights = self.candidate_weights(x, past.vectors)
-        relation = relate(x, x.c_item, x.c_time, x.c_visible, weights, self.config, self.window)
+        query = None if past.vectors is None else self.anchor_vectors(x.c_item)
+        impl = self.config.pgsa.impl if shares is None else "reference"
+        relation = self._relation(x, Queries(x.c_item, x.c_time, x.c_visible), query, past.vectors, impl)
         return self.head(self.encoder.read(c, past.shown, relation, noise, shares))[..., 0].float()
 
     def history(self, x: Inputs, noise: Noise | None) -> Tensor:
@@ -178,20 +180,28 @@ class ClickModel(nn.Module):
 
     def candidate_weights(self, x: Inputs, vectors: Tensor | None) -> Tensor:
         """Attention weights of the candidates over histories of these vectors: [B, M, N]."""
-        query = None if vectors is None else self.anchor_vectors(x.c_item)
-        return self._weights(query, vectors, x.c_visible, x.h_item.shape[1])
+        n = x.h_item.shape[1]
+        if vectors is None:
+            return visible_mask(x.c_visible, n)
+        return sparse_weights(self.anchor_vectors(x.c_item), vectors, x.c_visible, self.config.pgsa)
 
     def anchors(self, past: Past, x: Inputs) -> tuple[Tensor, Tensor]:
         """Positions of the candidates' anchors and whether each is real: [B, M, K] (see `select_anchors`)."""
         assert past.vectors is not None, "dense attention has no anchors"
         return select_anchors(self.anchor_vectors(x.c_item), past.vectors, x.c_visible, self.config.pgsa.top_k)
 
-    def _weights(self, query: Tensor | None, key: Tensor | None, visible: Tensor, n: int) -> Tensor:
-        """Attention weights of queries, chosen once and shared by all layers; dense without vectors: [B, Q, N]."""
+    def kept_keys(self, x: Inputs, vectors: Tensor | None) -> Tensor:
+        """How many events each candidate attends to in a layer, itself left out: [B, M]."""
+        if vectors is None:
+            return x.c_visible
+        return keep(self.anchor_vectors(x.c_item), vectors, x.c_visible, self.config.pgsa).count()
+
+    def _relation(self, x: Inputs, queries: Queries, query: Tensor | None, key: Tensor | None, impl: str) -> Relation:
+        """How queries with these vectors relate to the history, chosen once and shared by all layers."""
         if query is None or key is None:
-            return visible_mask(visible, n)
-        anchors, real = select_anchors(query, key, visible, self.config.pgsa.top_k)
-        return gaussian_weights(anchors, real, visible, n, self.config.pgsa.sigma)
+            weights = visible_mask(queries.visible, x.h_item.shape[1])
+            return relate(x, *queries, weights, self.config, self.window)
+        return relate_sparsely(x, queries, (query, key), self.config, self.window, impl)
 
     def anchor_vectors(self, item: Tensor) -> Tensor:
         """Unit vectors that choose anchors: [..., D]."""

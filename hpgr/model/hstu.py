@@ -1,9 +1,11 @@
-"""The HSTU encoder in two streams that share weights: history, and candidates that read it."""
+"""The HSTU encoder in two streams that share weights: history, and candidates that read it.
+
+Shapes: B rows, N history events, M candidates, Q queries (N or M), D width, H heads, E head width, S slots.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -12,40 +14,11 @@ from torch.nn import functional as F
 
 from hpgr.config import Model
 from hpgr.model.attention import attend, attention_shares
-from hpgr.model.inputs import Inputs
+from hpgr.model.gather import Links, attend_kept
 from hpgr.model.noise import Dropout, Noise
-from hpgr.model.timing import time_bucket
+from hpgr.model.relation import Relation
 
 KeyValue = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class Relation:
-    """How queries relate to the history, the same in every layer. All [B, Q, N].
-
-    `distance` counts events back from the last visible one (1); `age` is a time bucket; `same` marks events with
-    the query's item; `weights` are attention weights, 0 where the query must not look.
-    """
-
-    distance: Tensor
-    age: Tensor
-    same: Tensor
-    weights: Tensor
-
-
-def relate(
-    x: Inputs, item: Tensor, time: Tensor, visible: Tensor, weights: Tensor, config: Model, window: int
-) -> Relation:
-    """Relation of queries ([B, Q] item, time, visible) to the history.
-
-    Events of one second are at the same distance from a query however they are ordered among themselves only if
-    the query is later than all of them; the distance is counted from what is visible, so ties tell nothing.
-    """
-    place = torch.arange(x.h_item.shape[1], device=item.device)
-    distance = (visible[..., None] - place).clamp(0, window)
-    age = time_bucket(time[..., None] - x.h_time[:, None, :], config.time_buckets)
-    same = item[..., None] == x.h_item[:, None, :]
-    return Relation(distance, age, same, weights.to(torch.float32))
 
 
 class RelativeBias(nn.Module):
@@ -59,7 +32,7 @@ class RelativeBias(nn.Module):
         self.own = nn.Parameter(torch.zeros(heads))
 
     def forward(self, r: Relation) -> Tensor:
-        """[B, H, Q, N]."""
+        """[B, H, Q, N], or [B, H, Q, S] for kept keys."""
         matched = r.same[:, None] * self.match[:, None, None]
         return _lookup(self.position, r.distance) + _lookup(self.time, r.age) + matched
 
@@ -103,12 +76,17 @@ class HstuLayer(nn.Module):
     ) -> Tensor:
         """One residual step of a stream's tokens [B, Q, D], reading the history's keys and values."""
         u, v, q, k = uvqk
-        mixed = attend(q, *history_kv, (k, v), self.bias(r), self.bias.own, r.weights)
+        bias, own = self.bias(r), self.bias.own
+        if isinstance(r.weights, Links):
+            mixed = attend_kept(q, *history_kv, (k, v), bias, own, r.weights)
+        else:
+            mixed = attend(q, *history_kv, (k, v), bias, own, r.weights)
         mixed = self.norm_out(mixed.transpose(1, 2).flatten(2)) * u
         return x + self.dropout(self.out(mixed), noise, stream)
 
     def shares(self, uvqk: tuple[Tensor, ...], history_kv: KeyValue, r: Relation) -> Tensor:
         """Share of each history event in a query's attention, mean over heads: [B, Q, N]."""
+        assert isinstance(r.weights, Tensor), "shares need the weights of all events"
         _, _, q, k = uvqk
         return attention_shares(q, history_kv[0], k, self.bias(r), self.bias.own, r.weights).mean(1)
 

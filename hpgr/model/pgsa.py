@@ -1,13 +1,18 @@
 """Preference-Guided Sparse Attention: which past events a query attends to, and how much (paper, stage 2).
 
 The closed form is ours [D]: anchors are the K visible events whose item vectors are nearest the query's;
-an event's weight is its best Gaussian around an anchor, cut off beyond r = ceil(3 sigma).
+an event's weight is its best Gaussian around an anchor, cut off beyond r = ceil(3 sigma). A query so keeps at most
+K (2 r + 1) events; `max_keys` keeps the largest of their weights alone. The readable reference; `select.py` is the fast
+version in index form.
+
+Shapes: B rows, Q queries, N history events, D item vector width, K anchors.
 """
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,13 +50,18 @@ def sortable(relevance: Tensor, visible: Tensor) -> Tensor:
     Exact for float32, so equal relevances are told apart by recency alone; invisible events sort lowest.
     """
     place = torch.arange(relevance.shape[-1], device=relevance.device)
-    return torch.where(place < visible[..., None], (ordered_bits(relevance) << 32) | place, LOWEST)
+    return sortable_at(relevance, place).masked_fill_(place >= visible[..., None], LOWEST)
+
+
+def sortable_at(relevance: Tensor, place: Tensor) -> Tensor:
+    """The same of relevances whose positions are given, any shape."""
+    return (ordered_bits(relevance) << 32) | place
 
 
 def ordered_bits(values: Tensor) -> Tensor:
     """Integers in the order of float32 values, any shape: int64 of 32 bits."""
     bits = (values.float() + 0.0).view(torch.int32)
-    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()  # negative: all bits but the sign's turn
 
 
 def gaussian_weights(anchors: Tensor, real: Tensor, visible: Tensor, n: int, sigma: float) -> Tensor:
@@ -76,7 +86,22 @@ def gaussian_weights(anchors: Tensor, real: Tensor, visible: Tensor, n: int, sig
         centre = is_anchor[..., :n]
         weights = centre.clone()
         for offset in range(1, min(math.ceil(3 * sigma), n - 1) + 1):
-            level = math.exp(-(offset**2) / (2 * sigma**2))
+            level = gaussian_level(offset, sigma)
             weights[..., offset:].clamp_(min=centre[..., :-offset] * level)
             weights[..., :-offset].clamp_(min=centre[..., offset:] * level)
         return weights * visible_mask(visible, n)
+
+
+def gaussian_level(distance: int, sigma: float) -> float:
+    """Weight of an event at this distance (1 or more) from its nearest anchor, as float32 holds it."""
+    return float(np.float32(math.exp(-(distance**2) / (2 * sigma**2))))
+
+
+def cap_weights(weights: Tensor, max_keys: int | None) -> Tensor:
+    """At most `max_keys` of each query's weights, the largest; ties go to the more recent. [B, Q, N] -> [B, Q, N]."""
+    n = weights.shape[-1]
+    if max_keys is None or max_keys >= n:
+        return weights
+    everything = torch.full(weights.shape[:-1], n, device=weights.device)
+    kept = sortable(weights, everything).topk(max_keys, dim=-1).indices
+    return torch.zeros_like(weights).scatter_(-1, kept, weights.gather(-1, kept))

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hpgr.model.attention import attend, attention_shares
-from hpgr.model.hstu import RelativeBias, relate
+from hpgr.model.hstu import RelativeBias
 from hpgr.model.pgsa import visible_mask
+from hpgr.model.relation import relate
 from hpgr.model.timing import time_bucket
 
 

@@ -1,0 +1,92 @@
+"""How queries relate to the history, the same in every layer: what they see of it, and what the relative bias reads.
+
+Shapes: B rows, Q queries (history events or candidates), N history events, D width, S slots for kept keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hpgr.config import Model, Pgsa
+from hpgr.model.gather import Links, gather_pays, link
+from hpgr.model.inputs import Inputs
+from hpgr.model.pgsa import cap_weights, gaussian_weights, select_anchors
+from hpgr.model.select import Kept, select_keys
+from hpgr.model.timing import time_bucket
+
+
+class Queries(NamedTuple):
+    """Item, time and number of strictly past events of each query: [B, Q]."""
+
+    item: Tensor
+    time: Tensor
+    visible: Tensor
+
+
+@dataclass(frozen=True)
+class Relation:
+    """How queries relate to the history, the same in every layer. All [B, Q, N], or [B, Q, S] for kept keys alone.
+
+    `distance` counts events back from the last visible one (1); `age` is a time bucket; `same` marks events with
+    the query's item; `weights` are attention weights, 0 where the query must not look, or the kept keys.
+    """
+
+    distance: Tensor
+    age: Tensor
+    same: Tensor
+    weights: Tensor | Links
+
+
+def relate(
+    x: Inputs, item: Tensor, time: Tensor, visible: Tensor, weights: Tensor, config: Model, window: int
+) -> Relation:
+    """Relation of queries ([B, Q] item, time, visible) to the history.
+
+    Events of one second are at the same distance from a query however they are ordered among themselves only if
+    the query is later than all of them; the distance is counted from what is visible, so ties tell nothing.
+    """
+    place = torch.arange(x.h_item.shape[1], device=item.device)
+    distance = (visible[..., None] - place).clamp(0, window)
+    age = time_bucket(time[..., None] - x.h_time[:, None, :], config.time_buckets)
+    same = item[..., None] == x.h_item[:, None, :]
+    return Relation(distance, age, same, weights.to(torch.float32))
+
+
+def relate_kept(x: Inputs, queries: Queries, kept: Kept, config: Model, window: int) -> Relation:
+    """`relate` for kept keys alone."""
+    rows = torch.arange(len(kept.index), device=kept.index.device)[:, None, None]
+    distance = (queries.visible[..., None] - kept.index).clamp(0, window)
+    age = time_bucket(queries.time[..., None] - x.h_time[rows, kept.index], config.time_buckets)
+    same = queries.item[..., None] == x.h_item[rows, kept.index]
+    return Relation(distance, age, same, link(kept, x.h_item.shape[1], config.heads))
+
+
+def relate_sparsely(
+    x: Inputs, queries: Queries, vectors: tuple[Tensor, Tensor], config: Model, window: int, impl: str
+) -> Relation:
+    """Relation under PGSA, for queries and histories of these item vectors ([B, Q, D], [B, N, D]).
+
+    `impl` as in the configuration. `auto` looks at the padded length of the history and at settings alone.
+    """
+    (query, key), n = vectors, x.h_item.shape[1]
+    if impl == "reference":
+        return relate(x, *queries, sparse_weights(query, key, queries.visible, config.pgsa), config, window)
+    kept = keep(query, key, queries.visible, config.pgsa)
+    if impl == "gather" or gather_pays(n, kept.index.shape[-1], key.device):
+        return relate_kept(x, queries, kept, config, window)
+    return relate(x, *queries, kept.dense(n), config, window)
+
+
+def sparse_weights(query: Tensor, key: Tensor, visible: Tensor, pgsa: Pgsa) -> Tensor:
+    """PGSA's attention weights, by the reference: [B, Q, N]."""
+    anchors, real = select_anchors(query, key, visible, pgsa.top_k)
+    return cap_weights(gaussian_weights(anchors, real, visible, key.shape[1], pgsa.sigma), pgsa.max_keys)
+
+
+def keep(query: Tensor, key: Tensor, visible: Tensor, pgsa: Pgsa) -> Kept:
+    """The same in index form, the fast way: [B, Q, S]."""
+    return select_keys(query, key, visible, pgsa.top_k, pgsa.sigma, pgsa.max_keys)

@@ -1,0 +1,166 @@
+"""PGSA's choice of keys in index form, in tiles of queries: the fast version of `select_anchors` and the Gaussians.
+
+Shapes: B rows, Q queries, N history events, D item vector width, K anchors, S slots for kept keys, T queries of a tile.
+
+A tile sees the history up to its last visible event, so causal queries cost half, and no [Q, N] tensor outlives it.
+Of long histories the K best blocks of events are found first, by their best event, and the anchors inside them:
+an event of the top K cannot be in another block, as K blocks would each hold an event that comes before it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hpgr.model.pgsa import LOWEST, gaussian_level, sortable, sortable_at
+
+TILE = 1 << 19
+"""Most relevances alive at once (4 MB in float64): what a core's cache can hold."""
+BLOCK = 16
+"""Events of a block; histories of fewer than two blocks an anchor are searched whole."""
+FAR = 1 << 40
+"""A distance no history reaches."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Keys kept by each query, largest weight first, of equal ones the more recent first.
+
+    `index` [B, Q, S] int64 positions in the history and `weight` [B, Q, S] float32; weight 0 marks an unused slot,
+    whose index is 0.
+    """
+
+    index: Tensor
+    weight: Tensor
+
+    def count(self) -> Tensor:
+        """Keys a query keeps: [B, Q]."""
+        return (self.weight > 0).sum(-1)
+
+    def dense(self, n: int) -> Tensor:
+        """The weights as the reference has them: [B, Q, N]."""
+        out = self.weight.new_zeros(*self.weight.shape[:2], n)
+        return out.scatter_add_(-1, self.index, self.weight)
+
+
+def most_slots(n: int, top_k: int, sigma: float, max_keys: int | None) -> int:
+    """S: no query keeps more keys than this, K (2 ceil(3 sigma) + 1) without a cap."""
+    return min(n, top_k * (2 * math.ceil(3 * sigma) + 1), max_keys or n)
+
+
+def select_keys(
+    query: Tensor, key: Tensor, visible: Tensor, top_k: int, sigma: float, max_keys: int | None = None
+) -> Kept:
+    """Kept keys and their weights: those of `gaussian_weights` around `select_anchors`, capped by `cap_weights`.
+
+    Args:
+        query: [B, Q, D] item vectors of the queries. No gradient flows through the choice.
+        key: [B, N, D] item vectors of the history.
+        visible: [B, Q] how many events of the history are strictly past.
+        top_k: anchors a query.
+        sigma: width of the Gaussians in events.
+        max_keys: most keys a query, or None.
+    """
+    n, queries = key.shape[1], query.shape[1]
+    slots = most_slots(n, top_k, sigma, max_keys)
+    index = torch.zeros(len(key), queries, slots, dtype=torch.int64, device=key.device)
+    weight = torch.zeros(index.shape, device=key.device)
+    with torch.no_grad():
+        for tile, anchors in _anchor_tiles(query, key, visible, top_k):
+            index[:, tile], weight[:, tile] = _around(anchors, visible[:, tile], n, sigma, slots)
+    return Kept(index, weight)
+
+
+def select_anchors_in_tiles(query: Tensor, key: Tensor, visible: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """`select_anchors`, the fast way: the same anchors, in any order."""
+    with torch.no_grad():
+        tiles = [anchors for _, anchors in _anchor_tiles(query, key, visible, top_k)]
+        width = min(top_k, key.shape[1])
+        anchors = torch.cat([F.pad(a, (0, width - a.shape[-1]), value=-FAR) for a in tiles], 1)
+    return anchors.clamp(min=0), anchors >= 0
+
+
+def _anchor_tiles(query: Tensor, key: Tensor, visible: Tensor, top_k: int) -> Iterator[tuple[slice, Tensor]]:
+    """Queries of a tile and their anchors [B, T, <= K], -FAR where there are fewer."""
+    rows, n = len(key), key.shape[1]
+    size = max(1, TILE // max(1, rows * n))
+    key64 = key.double().transpose(1, 2)
+    seen = visible.amax(0)
+    for first in range(0, query.shape[1], size):
+        tile = slice(first, first + size)
+        upto = min(n, -(-max(1, int(seen[tile].max())) // BLOCK) * BLOCK)
+        # float64, rounded once: a repeated item must tie exactly wherever it stands (see `select_anchors`).
+        relevance = (query[:, tile].double() @ key64[..., :upto]).float()
+        yield tile, _best(relevance, visible[:, tile], top_k)
+
+
+def _best(relevance: Tensor, visible: Tensor, top_k: int) -> Tensor:
+    """Positions of the top K of [B, T, N] relevances among the visible, -FAR where there are fewer: [B, T, <= K]."""
+    n = relevance.shape[-1]
+    if n < 2 * BLOCK * top_k:
+        ranked = sortable(relevance, visible)
+        best = ranked.topk(min(top_k, n), dim=-1, sorted=False).values
+        return _places(best)
+    return _best_in_blocks(relevance, visible, top_k)
+
+
+def _best_in_blocks(relevance: Tensor, visible: Tensor, top_k: int) -> Tensor:
+    n = relevance.shape[-1]
+    least = int(visible.min()) // BLOCK * BLOCK  # what every query sees need not be masked
+    hidden = torch.arange(least, n, device=relevance.device) >= visible[..., None]
+    relevance[..., least:].masked_fill_(hidden, float("-inf"))
+    blocks = F.pad(relevance, (0, -n % BLOCK), value=float("-inf")).view(*relevance.shape[:2], -1, BLOCK)
+    some = -(-visible // BLOCK)
+    chosen = sortable(blocks.amax(-1), some).topk(top_k, dim=-1, sorted=False).values
+    block = torch.where(chosen != LOWEST, chosen & 0xFFFFFFFF, 0)
+    place = (block[..., None] * BLOCK + torch.arange(BLOCK, device=block.device)).flatten(-2)
+    values = relevance.gather(-1, place.clamp(max=n - 1))
+    allowed = (place < visible[..., None]) & (chosen != LOWEST).repeat_interleave(BLOCK, -1)
+    ranked = sortable_at(values, place).masked_fill_(~allowed, LOWEST)
+    best = ranked.topk(top_k, dim=-1, sorted=False).values
+    return _places(best)
+
+
+def _places(ranked: Tensor) -> Tensor:
+    """Positions of relevances made sortable, -FAR of those that are not visible, any shape."""
+    return (ranked & 0xFFFFFFFF).masked_fill_(ranked == LOWEST, -FAR)
+
+
+def _around(anchors: Tensor, visible: Tensor, n: int, sigma: float, slots: int) -> tuple[Tensor, Tensor]:
+    """The first `slots` events by distance to their nearest anchor, of equal distance the more recent: [B, T, S] each.
+
+    Weights fall with the distance, so this is the order of weights. An event in the middle of two anchors counts
+    for the earlier one. Of descending anchors the events at one distance, first after then before each, descend too.
+    """
+    anchors = anchors.sort(-1, descending=True).values
+    wanted = visible.clamp(max=slots)
+    gap = anchors - F.pad(anchors[..., 1:], (0, 1), value=-FAR)
+    above = F.pad(gap[..., :-1], (1, 0), value=FAR)
+    places, real, weights = [anchors], [anchors >= 0], [1.0]
+    found = real[0].sum(-1)
+    for distance in range(1, min(math.ceil(3 * sigma), n - 1) + 1):
+        level = gaussian_level(distance, sigma)
+        if level == 0 or bool((found >= wanted).all()):
+            break
+        after, before = anchors + distance, anchors - distance
+        owned = (above >= 2 * distance) & (after < visible[..., None]) & real[0]
+        places.append(torch.stack([after, before], -1).flatten(-2))
+        real.append(torch.stack([owned, (gap > 2 * distance) & (before >= 0)], -1).flatten(-2))
+        weights.append(level)
+        found = found + real[-1].sum(-1)
+    sizes = torch.tensor([p.shape[-1] for p in places], device=anchors.device)
+    level_of_place = torch.tensor(weights, device=anchors.device).repeat_interleave(sizes)
+    return _compact(torch.cat(places, -1), level_of_place, torch.cat(real, -1), slots)
+
+
+def _compact(place: Tensor, weight: Tensor, real: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """The real ones of places [B, T, C] with weights [C], moved to the first slots in order: [B, T, S] each."""
+    slot = (real.cumsum(-1) - 1).clamp_(max=slots).masked_fill_(~real, slots)
+    index = place.new_zeros(*place.shape[:-1], slots + 1).scatter_(-1, slot, place)
+    weights = weight.new_zeros(index.shape).scatter_(-1, slot, weight.expand_as(place))
+    return index[..., :slots], weights[..., :slots]
