@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from hpgr.config import Config, Count, Natural, Positive, Section, dump, override, validate
 from hpgr.errors import ConfigError
 
-Scalar = bool | int | float | str
+Scalar = bool | int | float | str | None
 Pair = Annotated[list[float], Field(min_length=2, max_length=2)]
 FIXED = ("data", "name", "seed", "resources", "checkpoints", "evaluation")
 """Sections that no space may vary: trials share the prepared log and are compared on the same seed and measure."""
