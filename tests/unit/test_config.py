@@ -12,8 +12,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from hpgr import config as configuration
 from hpgr.config import Config, Section, dump, load_config, to_yaml, validate
+from hpgr.config.reading import inner_section
 from hpgr.errors import ConfigError, HpgrError
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "jobs" / "configs").glob("*.yaml"))
@@ -34,7 +34,7 @@ def sections(kind: type[Section] = Config) -> Iterator[type[Section]]:
     """The section classes of the tree, the ones inside lists included."""
     yield kind
     for field in kind.model_fields.values():
-        inner = configuration._inner_section(field.annotation)
+        inner = inner_section(field.annotation)
         if inner:
             yield from sections(inner)
 

@@ -1,0 +1,28 @@
+"""The configuration: one closed, frozen tree. YAML and `--set a.b=c` meet before validation, never after.
+
+No validator changes a value; a default of `auto` or null is resolved where it is used and logged there.
+"""
+
+from hpgr.config.base import Count, Natural, Positive, Section, Share
+from hpgr.config.data import (
+    Columns,
+    Data,
+    Feature,
+    LabelRule,
+    Rule,
+    Split,
+    Stream,
+    Synthetic,
+    Vocabulary,
+    utc_us,
+)  # fmt: skip
+from hpgr.config.model import Model, Pgsa, Sem
+from hpgr.config.reading import dump, load_config, override, to_yaml, validate
+from hpgr.config.training import Checkpoints, Evaluation, Optimiser, Resources, Stage1, Stage2
+from hpgr.config.tree import Config
+
+__all__ = [
+    "Checkpoints", "Columns", "Config", "Count", "Data", "Evaluation", "Feature", "LabelRule", "Model", "Natural",
+    "Optimiser", "Pgsa", "Positive", "Resources", "Rule", "Section", "Sem", "Share", "Split", "Stage1", "Stage2",
+    "Stream", "Synthetic", "Vocabulary", "dump", "load_config", "override", "to_yaml", "utc_us", "validate",
+]  # fmt: skip

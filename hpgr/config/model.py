@@ -1,0 +1,58 @@
+"""Settings of the model."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from hpgr.config.base import Count, Section, Share
+
+
+class Pgsa(Section):
+    enabled: bool = True
+    """False is dense attention."""
+    scope: Literal["candidate", "all"] = "all"
+    """Who attends sparsely: candidates only, or history events too."""
+    top_k: Count = 32
+    """Anchors a query."""
+    sigma: Annotated[float, Field(ge=0, le=1000)] = 2.0
+    """Width of the Gaussian around an anchor, in events; 0 keeps the anchors alone."""
+    max_keys: Annotated[int, Field(ge=1)] | None = None
+    """Most events a query keeps: the largest weights, of equal ones the more recent. Without it a query keeps up to
+    top_k * (2 * ceil(3 * sigma) + 1) events, all that its Gaussians cover."""
+    anchors: Literal["frozen", "live"] = "frozen"
+    """Item vectors that choose anchors: a frozen copy of stage 1's table, or the table being trained."""
+    impl: Literal["reference", "gather", "auto"] = "auto"
+    """How it is computed; scores agree to 1e-5. reference: weights over the whole history. gather: kept keys alone,
+    time and memory linear in them. auto: keys chosen the fast way; on a CPU gather where a batch's padded histories
+    are long (128 events, and twice the keys a query may keep), else the whole history with its weights."""
+
+
+class Sem(Section):
+    intra_layers: Count = 1
+    inter_layers: Count = 1
+    dropout: Share = 0.2
+    in_stage2: bool = True
+    """Carry the SEM into stage 2; both its branches are gated from zero there."""
+
+
+class Model(Section):
+    width: Annotated[int, Field(ge=4)] = 64
+    heads: Count = 2
+    layers: Count = 2
+    dropout: Share = 0.2
+    silu_on: Literal["u", "uvqk"] = "uvqk"
+    """Activation after the input projection: U alone (ranking form) or all four (research form)."""
+    time_buckets: Annotated[int, Field(ge=4, le=64)] = 40
+    """Buckets of log2 time differences."""
+    match_features: bool = True
+    """Candidates carry how often and how recently the user engaged with them (visible past only)."""
+    sem: Sem = Sem()
+    pgsa: Pgsa = Pgsa()
+
+    @model_validator(mode="after")
+    def _divides(self) -> Model:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self

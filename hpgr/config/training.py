@@ -1,0 +1,68 @@
+"""Settings of training, evaluation and resources."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from hpgr.config.base import Count, Natural, Positive, Section, Share
+
+
+class Optimiser(Section):
+    lr: Positive = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
+    warmup_steps: Natural = 50
+    final_lr_share: Share = 0.1
+    """Cosine decay ends at this share of lr."""
+    clip_norm: Positive = 1.0
+
+
+class Stage1(Section):
+    enabled: bool = True
+    epochs: Count = 20
+    patience: Count = 5
+    """Validations without a better NDCG@10 before the stage stops."""
+    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    causal_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of rows encoded left to right, the form stage 2 uses; the rest see both sides."""
+    full_softmax_items: Natural = 20_000
+    """Catalogues up to this size use the full softmax, larger ones the logQ-corrected sampled one."""
+    negatives: Count = 2048
+    optimiser: Optimiser = Optimiser()
+
+
+class Stage2(Section):
+    epochs: Count = 10
+    patience: Count = 3
+    """Validations without a better AUC before the stage stops."""
+    validate_every_steps: Natural = 0
+    """0 validates at the end of each epoch."""
+    optimiser: Optimiser = Optimiser()
+
+
+class Evaluation(Section):
+    batch_tokens: Count = 16384
+    filter_seen: bool = False
+    """Leave items of the user's history out of the next-item ranking."""
+    next_item_users: Count = 20_000
+    """Most users ranked over the whole catalogue in validation and test (first by user hash)."""
+
+
+class Resources(Section):
+    workers: Natural = 1
+    """Ray Train workers; 0 trains inside the driver."""
+    gpu: bool = False
+    """One GPU a worker, nccl and bf16 autocast."""
+    cpus_per_worker: Positive | None = None
+    """Null shares the cluster's CPUs, less one for data where there are enough."""
+    data_cpus: Positive = 0.25
+    """CPUs a data task reserves."""
+    max_failures: Natural = 2
+    """Worker-group restarts, each from the last checkpoint."""
+
+
+class Checkpoints(Section):
+    every_steps: Natural = 0
+    """0 writes at each validation only."""
+    keep: Count = 2
