@@ -13,7 +13,7 @@ from torch import Tensor
 from hpgr.data.hashing import hash_text
 from hpgr.data.stream import Step
 from hpgr.metrics import ClickScores, RankSums
-from hpgr.model.hpgr import ClickModel, MaskedItemModel
+from hpgr.model.base import ClickModel, ItemModel
 from hpgr.model.inputs import Inputs, pad, unpad
 from hpgr.schema import Array
 
@@ -70,14 +70,14 @@ def scoring_cost(model: ClickModel, steps: Sequence[Step], device: torch.device)
         if step.real:
             x = pad(step.batch, device)
             with torch.no_grad():
-                kept = model.kept_keys(x, model.history_vectors(x))
+                kept = model.kept_keys(x)
             candidates, keys = candidates + int(x.c_real.sum()), keys + int(kept[x.c_real].sum())
     start = time.perf_counter()
     score(model, steps, device)
     return candidates, keys, time.perf_counter() - start
 
 
-def rank_next_items(model: MaskedItemModel, steps: Iterable[Step], device: torch.device, filter_seen: bool) -> RankSums:
+def rank_next_items(model: ItemModel, steps: Iterable[Step], device: torch.device, filter_seen: bool) -> RankSums:
     """Rank of each user's next event among the whole catalogue, by the hidden event appended to its history.
 
     `filter_seen` leaves the user's past items out (never the target). A target outside the catalogue ranks last.
@@ -95,7 +95,7 @@ def rank_next_items(model: MaskedItemModel, steps: Iterable[Step], device: torch
     return total
 
 
-def _ranks(model: MaskedItemModel, x: Inputs, filter_seen: bool) -> tuple[Array, Array]:
+def _ranks(model: ItemModel, x: Inputs, filter_seen: bool) -> tuple[Array, Array]:
     rows = torch.arange(len(x.h_item), device=x.h_item.device)
     last = x.h_real.sum(1) - 1
     logits = model.catalogue_logits(model.encode(x)[rows, last]).float()

@@ -19,7 +19,7 @@ from hpgr.config import dump
 from hpgr.data.preparation import in_process
 from hpgr.data.stream import LocalSource
 from hpgr.evaluation import score
-from hpgr.model.hpgr import ClickModel, MaskedItemModel
+from hpgr.model.registry import click_model, item_model
 from hpgr.schema import SECOND
 from hpgr.scoring import job, output
 from hpgr.scoring.finished import Finished, open_finished
@@ -36,7 +36,7 @@ def finished_run(root: Path, **over: Any) -> Finished:
     run = make_run(config, root / "run")
     run.folder.write_json("run.json", {"format": FORMAT, "config": dump(config)})
     torch.manual_seed(0)
-    stages: dict[str, Any] = {"stage1": MaskedItemModel, "stage2": ClickModel}
+    stages: dict[str, Any] = {"stage1": item_model, "stage2": click_model}
     for name, model in stages.items():
         folder = run.folder.sub(name)
         folder.write("best.safetensors", to_bytes(shaken(model(config, run.sizes()), scale=0.2).state_dict()))

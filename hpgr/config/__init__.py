@@ -16,13 +16,13 @@ from hpgr.config.data import (
     Vocabulary,
     utc_us,
 )  # fmt: skip
-from hpgr.config.model import Model, Pgsa, Sem
+from hpgr.config.model import Din, Model, Mtgr, Pgsa, Sem
 from hpgr.config.reading import dump, load_config, override, to_yaml, validate
 from hpgr.config.training import Checkpoints, Evaluation, Optimiser, Resources, Stage1, Stage2
 from hpgr.config.tree import Config
 
 __all__ = [
-    "Checkpoints", "Columns", "Config", "Count", "Data", "Evaluation", "Feature", "LabelRule", "Model", "Natural",
-    "Optimiser", "Pgsa", "Positive", "Resources", "Rule", "Section", "Sem", "Share", "Split", "Stage1", "Stage2",
-    "Stream", "Synthetic", "Vocabulary", "dump", "load_config", "override", "to_yaml", "utc_us", "validate",
+    "Checkpoints", "Columns", "Config", "Count", "Data", "Din", "Evaluation", "Feature", "LabelRule", "Model", "Mtgr",
+    "Natural", "Optimiser", "Pgsa", "Positive", "Resources", "Rule", "Section", "Sem", "Share", "Split", "Stage1",
+    "Stage2", "Stream", "Synthetic", "Vocabulary", "dump", "load_config", "override", "to_yaml", "utc_us", "validate",
 ]  # fmt: skip

@@ -37,19 +37,41 @@ class Sem(Section):
     """Carry the SEM into stage 2; both its branches are gated from zero there."""
 
 
+class Mtgr(Section):
+    mlp_ratio: Count = 2
+    """Width of a block's MLP, in model widths."""
+
+
+class Din(Section):
+    attention_units: Count = 32
+    """Hidden units of the activation unit."""
+
+
 class Model(Section):
+    name: Literal["hpgr", "hstu", "mtgr", "din", "logistic"] = "hpgr"
+    """The click model of stage 2. The section `pgsa` and `sem.in_stage2` belong to hpgr alone; the others attend
+    densely to the flat history. Any of them can start from stage 1 (its event tokens are alike in all)."""
     width: Annotated[int, Field(ge=4)] = 64
     heads: Count = 2
     layers: Count = 2
     dropout: Share = 0.2
     silu_on: Literal["u", "uvqk"] = "uvqk"
     """Activation after the input projection: U alone (ranking form) or all four (research form)."""
+    hstu_form: Literal["platform", "research"] = "platform"
+    """Form of HSTU's layers (hstu, hpgr): `research` is the authors' published research code (see HstuLayer)."""
     time_buckets: Annotated[int, Field(ge=4, le=64)] = 40
     """Buckets of log2 time differences."""
     match_features: bool = True
     """Candidates carry how often and how recently the user engaged with them (visible past only)."""
     sem: Sem = Sem()
     pgsa: Pgsa = Pgsa()
+    mtgr: Mtgr = Mtgr()
+    din: Din = Din()
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the click model attends by PGSA."""
+        return self.name == "hpgr" and self.pgsa.enabled
 
     @model_validator(mode="after")
     def _divides(self) -> Model:

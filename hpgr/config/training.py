@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -20,6 +20,9 @@ class Optimiser(Section):
 
 class Stage1(Section):
     enabled: bool = True
+    objective: Literal["masked_item", "next_item"] = "masked_item"
+    """masked_item: HPGR's session-based masked item modelling. next_item: a flat, dense HSTU that predicts each event
+    from those before it, the field's standard retrieval model."""
     epochs: Count = 20
     patience: Count = 5
     """Validations without a better NDCG@10 before the stage stops."""
@@ -33,6 +36,8 @@ class Stage1(Section):
 
 
 class Stage2(Section):
+    enabled: bool = True
+    """False trains stage 1 alone: a retrieval model."""
     epochs: Count = 10
     patience: Count = 3
     """Validations without a better AUC before the stage stops."""

@@ -29,7 +29,9 @@ class Config(Section):
                 f"stream.batch_tokens {self.stream.batch_tokens} is less than stream.window {self.stream.window}: "
                 "a full window would not fit in a batch"
             )
-        if not self.stage1.enabled and self.model.pgsa.enabled and self.model.pgsa.anchors == "frozen":
+        if not (self.stage1.enabled or self.stage2.enabled):
+            raise ValueError("stage1.enabled and stage2.enabled are both false: nothing to train")
+        if not self.stage1.enabled and self.model.sparse and self.model.pgsa.anchors == "frozen":
             raise ValueError(
                 "model.pgsa.anchors frozen needs stage1.enabled: without it anchors would be chosen by random vectors; "
                 "use model.pgsa.anchors=live or model.pgsa.enabled=false"

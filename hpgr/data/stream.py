@@ -143,7 +143,8 @@ def _make(spec: StreamSpec, assembler: Assembler, windows: Windows, epoch: int) 
         return next_item_batch(assembler, windows)
     if spec.kind == "click":
         return assembler.batch(windows)
-    return assembler.batch(windows, Masking(spec.mask_ratio, spec.causal_share, (spec.seed, epoch)), targets=False)
+    masking = Masking(spec.mask_ratio, spec.causal_share, (spec.seed, epoch)) if spec.mask_ratio else None
+    return assembler.batch(windows, masking, targets=False)
 
 
 def step_of(table: pa.Table) -> Step:

@@ -115,11 +115,11 @@ class MatchFeatures(nn.Module):
     Exact matches that attention would have to find by dot product; unknown items match by their hash bucket.
     """
 
-    def __init__(self, config: Model) -> None:
+    def __init__(self, width: int, buckets: int) -> None:
         super().__init__()
-        self.buckets = config.time_buckets
-        self.count = nn.Embedding(MATCH_COUNTS, config.width)
-        self.age = nn.Embedding(config.time_buckets + 1, config.width)
+        self.buckets = buckets
+        self.count = nn.Embedding(MATCH_COUNTS, width)
+        self.age = nn.Embedding(buckets + 1, width)
         for table in (self.count, self.age):
             nn.init.zeros_(table.weight)
 

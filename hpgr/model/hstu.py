@@ -5,6 +5,7 @@ Shapes: B rows, N history events, M candidates, Q queries (N or M), D width, H h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import cast
 
@@ -45,14 +46,26 @@ def _lookup(table: Tensor, index: Tensor) -> Tensor:
     return table.reshape(-1).index_select(0, flat.reshape(-1)).view(flat.shape)
 
 
+def _norm(width: int, research: bool) -> nn.LayerNorm:
+    return nn.LayerNorm(width, eps=1e-6, elementwise_affine=False) if research else nn.LayerNorm(width)
+
+
 class HstuLayer(nn.Module):
-    """norm -> U, V, Q, K -> pointwise attention -> norm * U -> linear -> residual (arXiv 2402.17152, ranking form)."""
+    """norm -> U, V, Q, K -> pointwise attention -> norm * U -> linear -> residual (arXiv 2402.17152).
+
+    `model.hstu_form: research` is the layer of the authors' published research code: norms without gains, a projection
+    without bias, SiLU on all four, dot products not scaled, sums divided by the constant window. `platform` [D] divides
+    by what a query keeps, so that short histories and sparse attention speak as loudly as long and dense ones.
+    """
 
     def __init__(self, config: Model, window: int) -> None:
         super().__init__()
-        self.heads, self.silu_all = config.heads, config.silu_on == "uvqk"
-        self.norm, self.norm_out = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
-        self.project = nn.Linear(config.width, 4 * config.width)
+        research = config.hstu_form == "research"
+        self.heads, self.silu_all = config.heads, config.silu_on == "uvqk" or research
+        self.gain = math.sqrt(config.width // config.heads) if research else 1.0
+        self.divisor = window if research else None
+        self.norm, self.norm_out = _norm(config.width, research), _norm(config.width, research)
+        self.project = nn.Linear(config.width, 4 * config.width, bias=not research)
         self.out = nn.Linear(config.width, config.width)
         self.bias = RelativeBias(config.heads, window, config.time_buckets)
         self.dropout = Dropout(config.dropout)
@@ -63,7 +76,7 @@ class HstuLayer(nn.Module):
         u, v, q, k = (F.silu(y) if self.silu_all else y).chunk(4, -1)
         u = u if self.silu_all else F.silu(u)
         v, q, k = (z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in (v, q, k))
-        return u, v, q, k
+        return u, v, q * self.gain, k
 
     def update(
         self,
@@ -81,6 +94,9 @@ class HstuLayer(nn.Module):
             mixed = attend_kept(q, *history_kv, (k, v), bias, own, r.weights)
         else:
             mixed = attend(q, *history_kv, (k, v), bias, own, r.weights)
+        if self.divisor is not None:
+            kept = r.weights.weight if isinstance(r.weights, Links) else r.weights
+            mixed = mixed * ((1 + kept.sum(-1)) / self.divisor)[:, None, :, None]
         mixed = self.norm_out(mixed.transpose(1, 2).flatten(2)) * u
         return x + self.dropout(self.out(mixed), noise, stream)
 
@@ -111,10 +127,17 @@ class HstuEncoder(nn.Module):
             if i + 1 < len(self.layers):
                 h = layer.update(h, own, shown, relation, noise, 0)
 
+    def outputs(self, h: Tensor, relation: Relation, noise: Noise | None) -> Tensor:
+        """History [B, N, D] after all layers: [B, N, D]."""
+        for layer in cast("list[HstuLayer]", self.layers):
+            own = layer.uvqk(h)
+            h = layer.update(h, own, (own[3], own[1]), relation, noise, 0)
+        return h
+
     def read(
         self,
         c: Tensor,
-        shown: Iterable[KeyValue],
+        shown: Iterable[tuple[Tensor, ...]],
         relation: Relation,
         noise: Noise | None,
         shares: list[Tensor] | None = None,
@@ -123,8 +146,8 @@ class HstuEncoder(nn.Module):
 
         A list given as `shares` gets each layer's attention shares, [B, M, N] (see `HstuLayer.shares`).
         """
-        for layer, history_kv in zip(cast("list[HstuLayer]", self.layers), shown, strict=True):
-            own = layer.uvqk(c)
+        for layer, (key, value) in zip(cast("list[HstuLayer]", self.layers), shown, strict=True):
+            own, history_kv = layer.uvqk(c), (key, value)
             if shares is not None:
                 shares.append(layer.shares(own, history_kv, relation))
             c = layer.update(c, own, history_kv, relation, noise, 1)

@@ -94,7 +94,7 @@ def two_stage(request: Request, say: Say) -> tuple[dict[str, Any], str]:
         prepared_at = time.monotonic()
         figures = run_training(run, say)
     curves = figures.pop("curves")
-    figures["baselines"] |= _oracle(run)
+    figures.setdefault("baselines", {}).update(_oracle(run))
     seconds = {"ray": ready - start, "prepare": prepared_at - ready, **figures.pop("seconds")}
     seconds["total"] = time.monotonic() - start
     metrics = _metrics(run, figures, seconds)
@@ -151,7 +151,7 @@ def _session_statistics(run: Run, execute: Execute) -> dict[str, Any]:
 
 def _oracle(run: Run) -> dict[str, float]:
     """AUC of the true click probabilities on the test impressions of the generated log."""
-    if run.config.data.path is not None:
+    if run.config.data.path is not None or not run.config.stage2.enabled:
         return {}
     truth_folder = generated_log(run.config.data).sub("truth")
     filesystem, path = truth_folder.path()
@@ -168,7 +168,8 @@ def _oracle(run: Run) -> dict[str, float]:
 def _metrics(run: Run, figures: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
     account, vocabulary = run.prepared.manifest["account"], run.prepared.manifest["vocabulary"]
     facts = {name: account[name] for name in ("rows_in", "kept", "quarantined", "duplicates", "users")}
-    best = "stage2/" + figures["stage2"]["best_file"]
+    last = "stage2" if run.config.stage2.enabled else "stage1"
+    best = f"{last}/{figures[last]['best_file']}"
     return {
         "name": run.config.name,
         "data": facts | {"items": vocabulary["items"]},
@@ -192,7 +193,7 @@ def _report(run: Run, metrics: dict[str, Any], curves: list[dict[str, Any]], sta
             run=run.folder.uri,
             metrics=metrics,
             curves=curves,
-            scores=run.folder.read_parquet("stage2/test_scores.parquet"),
+            scores=run.folder.read_parquet("stage2/test_scores.parquet") if run.config.stage2.enabled else None,
             account={"quarantined": account["reasons"], "splits": splits, "vocabulary": sizes, "log": counts},
             sessions=statistics,
             config_yaml=to_yaml(run.config),

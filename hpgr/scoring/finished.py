@@ -12,7 +12,8 @@ from hpgr.artifacts import Folder, absolute, check_format
 from hpgr.config import Config, validate
 from hpgr.data.preparation import Prepared
 from hpgr.errors import ArtifactError
-from hpgr.model.hpgr import ClickModel, MaskedItemModel
+from hpgr.model.base import ClickModel, ItemModel
+from hpgr.model.registry import click_model, item_model
 from hpgr.training import checkpoint
 from hpgr.training.two_stage import Run, stage_key
 
@@ -30,7 +31,7 @@ class Finished:
 
     def click_model(self, device: torch.device) -> ClickModel:
         """Stage 2 with its best weights, ready to score."""
-        model = ClickModel(self.config, self.run.sizes())
+        model = click_model(self.config, self.run.sizes())
         model.load_state_dict(checkpoint.from_bytes(_best(self.run, "stage2")))
         return model.to(device).eval()
 
@@ -40,10 +41,10 @@ class Finished:
             raise ArtifactError(f"run {self.run.folder.uri} has no stage 1 (stage1.enabled is false), which --top-n "
                                 "and --embeddings retrieve by; give --candidates, or another run")  # fmt: skip
 
-    def masked_model(self, device: torch.device) -> MaskedItemModel:
+    def item_model(self, device: torch.device) -> ItemModel:
         """Stage 1 with its best weights, ready to retrieve."""
         self.need_stage1()
-        model = MaskedItemModel(self.config, self.run.sizes())
+        model = item_model(self.config, self.run.sizes())
         model.load_state_dict(checkpoint.from_bytes(_best(self.run, "stage1")))
         return model.to(device).eval()
 
@@ -59,6 +60,9 @@ def open_finished(uri: str, prepared: str | None = None) -> Finished:
         raise ArtifactError(f"--run: there is no run in {folder.uri}; give the folder that two_stage.py wrote")
     stored = folder.read_json("run.json")
     check_format(stored, f"run folder {folder.uri}")
+    if not stored["config"]["stage2"].get("enabled", True):
+        raise ArtifactError(f"{folder.uri} has no stage 2 (stage2.enabled is false) and so nothing that scores clicks; "
+                            "give a run of both stages")  # fmt: skip
     if not folder.exists("stage2/done.json"):
         raise ArtifactError(f"{folder.uri}: stage 2 has not finished; go on with python jobs/two_stage.py "
                             f"--run {folder.uri} --resume")  # fmt: skip

@@ -21,6 +21,7 @@ from hpgr.data.new_log import prepare_new
 from hpgr.data.preparation import Execute, Prepared, versions
 from hpgr.data.sources import Fragment
 from hpgr.errors import ArtifactError, ConfigError
+from hpgr.model.base import TokenClick
 from hpgr.schema import SECOND
 from hpgr.scoring import output
 from hpgr.scoring.finished import Finished, open_finished
@@ -105,9 +106,9 @@ def _refuse(wish: Wish, finished: Finished) -> None:
         raise ConfigError("--measure tells how good --top-n is; give --top-n N with it")
     if wish.retrieve is not None and wish.retrieve < wish.top_n:
         raise ConfigError(f"--retrieve {wish.retrieve} is less than --top-n {wish.top_n}; retrieve at least as many")
-    if wish.explain and not finished.config.model.pgsa.enabled:
+    if wish.explain and not finished.config.model.sparse:
         raise ConfigError("--explain shows the anchors of PGSA, and this run's model attends to everything "
-                          "(model.pgsa.enabled is false); leave --explain out")  # fmt: skip
+                          "(another model than hpgr, or model.pgsa.enabled is false); leave --explain out")  # fmt: skip
     if wish.top_n or wish.embeddings:
         finished.need_stage1()
 
@@ -249,9 +250,11 @@ class Job:
     def _item_vectors(self) -> None:
         cpu, folder = torch.device("cpu"), Folder(self.request.output)
         items = self.finished.run.prepared.vocabulary().items.column("value")
-        click = self.finished.click_model(cpu).events.item.weight.detach()[-len(items) :].numpy()
-        vectors = item_vectors(self.finished.masked_model(cpu))
-        table = pa.table({"item": items, "vector": vector_column(vectors), "click_vector": vector_column(click)})
+        columns = {"item": items, "vector": vector_column(item_vectors(self.finished.item_model(cpu)))}
+        click = self.finished.click_model(cpu)
+        if isinstance(click, TokenClick):
+            columns["click_vector"] = vector_column(click.events.item.weight.detach()[-len(items) :].numpy())
+        table = pa.table(columns)
         folder.write_parquet(f"{output.EMBEDDINGS}/items.parquet", table)
 
     def _summary(self, request: Request, account: dict[str, Any], fresh: int, seconds: float) -> dict[str, Any]:
@@ -273,7 +276,7 @@ def open_shards(request: Request, device: torch.device) -> Shards:
     config, options = finished.config, request.options
     retriever, output_folder = None, Folder(request.output)
     if options.top_n or options.embeddings:
-        retriever = Retriever(finished.masked_model(device), config.stream, device)
+        retriever = Retriever(finished.item_model(device), config.stream, device)
     return Shards(
         request=request,
         config=config,

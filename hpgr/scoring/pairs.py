@@ -17,7 +17,7 @@ import torch
 from hpgr.config import Stream
 from hpgr.data.batches import Assembler
 from hpgr.data.windows import Windows, serving_windows
-from hpgr.model.hpgr import ClickModel, Past
+from hpgr.model.base import ClickModel, Past
 from hpgr.model.inputs import LANES, Inputs, pad, unpad, with_candidates
 from hpgr.schema import Array, Floats, Ints, offsets_of, ranges
 
@@ -107,7 +107,7 @@ class Scorer:
 
     def _anchors(self, past: Past, x: Inputs, shares: torch.Tensor) -> Anchors:
         anchors, real = self.model.anchors(past, x)
-        weights = self.model.candidate_weights(x, past.vectors)
+        weights = self.model.candidate_weights(x, past)
         weights = weights / (1 + weights.sum(-1, keepdim=True))
         real = real[x.c_real]
         rows = torch.arange(len(anchors), device=anchors.device)[:, None, None]

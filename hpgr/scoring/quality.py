@@ -57,7 +57,7 @@ def _bucket(
     assembler = Assembler({bucket: finished.run.prepared.timelines(bucket)}, config.stream.session_gap_minutes)
     t, row, seen = assembler.timelines, windows.row, windows.stop
     truth = t.h_offsets[row] + seen
-    retriever = Retriever(finished.masked_model(device), config.stream, device)
+    retriever = Retriever(finished.item_model(device), config.stream, device)
     items = retriever.top(assembler, row, seen, 0, retrieve, drop_seen)
     place = np.flatnonzero(items.ravel() != NONE)
     user = place // items.shape[1]

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from hpgr.config import Stream
 from hpgr.data.batches import Assembler, query_batch
 from hpgr.data.windows import query_windows
-from hpgr.model.hpgr import MaskedItemModel
+from hpgr.model.base import ItemModel
 from hpgr.model.inputs import Inputs, pad
 from hpgr.model.pgsa import LOWEST, ordered_bits
 from hpgr.schema import MASK, Array, Ints
@@ -32,7 +32,7 @@ NONE = -1
 class Retriever:
     """The next-item model over moments of timelines."""
 
-    model: MaskedItemModel
+    model: ItemModel
     stream: Stream
     device: torch.device
     chunk: int = CHUNK
@@ -68,13 +68,13 @@ class Retriever:
                 yield chosen, x, query_states(self.model, x)
 
 
-def query_states(model: MaskedItemModel, x: Inputs) -> Tensor:
+def query_states(model: ItemModel, x: Inputs) -> Tensor:
     """What the hidden event at the end of each history says about its item: [R, D]."""
     rows = torch.arange(len(x.h_item), device=x.h_item.device)
     return model.encode(x)[rows, x.h_real.sum(1) - 1]
 
 
-def best_items(model: MaskedItemModel, state: Tensor, past: Inputs | None, n: int, chunk: int = CHUNK) -> Tensor:
+def best_items(model: ItemModel, state: Tensor, past: Inputs | None, n: int, chunk: int = CHUNK) -> Tensor:
     """Indices of the n items of largest logit for each state [R, D], best first: [R, n]; NONE where there are no more.
 
     The catalogue goes by in chunks, and the best so far with it. `past` gives items to leave out (its candidates).
@@ -102,7 +102,7 @@ def _without(key: Tensor, past: Inputs, first: int) -> Tensor:
     return F.pad(key, (0, 1)).scatter(1, place, LOWEST)[:, :-1]
 
 
-def item_vectors(model: MaskedItemModel) -> Array:
+def item_vectors(model: ItemModel) -> Array:
     """[V, D + 1] vectors of the catalogue in index order: the item table and, last, the item's bias."""
     table, bias = model.events.item.weight[model.first_item :], model.item_bias[model.first_item :]
     return torch.cat([table, bias[:, None]], 1).detach().float().cpu().numpy()

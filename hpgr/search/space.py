@@ -191,6 +191,8 @@ def check(space: Space, config: Config) -> None:
     """
     tree, leaves = dump(config), dict(_leaves(dump(config)))
     faults = [fault for path, d in space.parameters.items() for fault in _faults(path, d, space, tree, leaves)]
+    if not config.stage2.enabled:
+        faults.append("stage2.enabled is false, but trials are judged by stage 2's validation AUC")
     if faults:
         raise ConfigError(f"{len(faults)} fault(s) in space {space.name}:\n" + "\n".join(f"  - {f}" for f in faults))
 

@@ -27,7 +27,7 @@ class Stage(Protocol):
 
     @property
     def model(self) -> nn.Module:
-        """The module that is trained; its forward returns `hpgr.model.hpgr.Output`."""
+        """The module that is trained; its forward returns `hpgr.model.base.Output`."""
 
     def extras(self, step: int, device: torch.device) -> dict[str, Any]:
         """Further arguments of the model's forward at a step, alike on all workers."""

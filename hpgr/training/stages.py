@@ -1,4 +1,4 @@
-"""The two stages: session-based masked item modelling, and click fine-tuning with PGSA."""
+"""The two stages: item modelling (for HPGR, session-based and masked), and learning from clicks."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from hpgr.config import Config
 from hpgr.data.stream import Source, StreamSpec
 from hpgr.evaluation import click_scores, rank_next_items, score
 from hpgr.metrics import ClickScores
+from hpgr.model.base import Negatives
 from hpgr.model.embedding import Sizes
-from hpgr.model.hpgr import ClickModel, MaskedItemModel, Negatives
+from hpgr.model.registry import click_model, item_model
 from hpgr.schema import Array
 from hpgr.training import distributed
 
 
-class MaskedItemStage:
+class ItemStage:
     """Stage 1. Validated as a next-item model: NDCG@10 over the whole catalogue."""
 
     name, metric = "stage1", "ndcg@10"
@@ -28,7 +29,7 @@ class MaskedItemStage:
         self.epochs, self.patience, self.validate_every = stage.epochs, stage.patience, 0
         self.optimiser, self.stream, self.validation = stage.optimiser, stream, validation
         self.filter_seen = config.evaluation.filter_seen
-        self.model = MaskedItemModel(config, sizes)
+        self.model = item_model(config, sizes)
         self._first_item, self._seed, self._n = sizes.first_item, config.seed, stage.negatives
         self._q = None if len(counts) <= stage.full_softmax_items else (counts + 1.0) / (counts + 1.0).sum()
 
@@ -64,7 +65,7 @@ class ClickStage:
             stage.validate_every_steps,
         )
         self.optimiser, self.stream, self.validation = stage.optimiser, stream, validation
-        self.model = ClickModel(config, sizes)
+        self.model = click_model(config, sizes)
 
     def extras(self, step: int, device: torch.device) -> dict[str, Any]:
         """Nothing: candidates and labels are all the click loss needs."""

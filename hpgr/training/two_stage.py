@@ -21,14 +21,14 @@ from hpgr.data.stream import Source, StreamSpec
 from hpgr.errors import ArtifactError
 from hpgr.evaluation import click_scores, score, scoring_cost
 from hpgr.metrics import auc
+from hpgr.model.base import ClickModel
 from hpgr.model.embedding import Sizes
-from hpgr.model.hpgr import ClickModel
 from hpgr.model.inputs import round_up
 from hpgr.schema import FEATURE_PREFIX
 from hpgr.training import checkpoint, distributed
 from hpgr.training.loop import Context, Progress, fit
 from hpgr.training.stage import Stage
-from hpgr.training.stages import ClickStage, MaskedItemStage
+from hpgr.training.stages import ClickStage, ItemStage
 
 INDEXES = (
     "masked",
@@ -39,8 +39,10 @@ INDEXES = (
     "click-test",
 )
 
-ONLY_STAGE2 = ("layers", "silu_on", "match_features", "pgsa")
+ONLY_STAGE2 = ("name", "match_features", "pgsa", "mtgr", "din")
 """Settings of the model that stage 1 does not have."""
+OF_OBJECTIVE = {"masked_item": ("sem",), "next_item": ("layers", "silu_on", "hstu_form")}
+"""Settings of the model that stage 1 has under one objective alone."""
 COST_STEPS = 4
 """Validation batches on which the cost of scoring is measured."""
 
@@ -78,11 +80,9 @@ class Run:
             group_tokens=config.stream.group_tokens,
             seed=config.seed,
         )
-        return (
-            replace(spec, mask_ratio=config.stage1.mask_ratio, causal_share=config.stage1.causal_share)
-            if name == "masked"
-            else spec
-        )
+        if name == "masked" and config.stage1.objective == "masked_item":
+            return replace(spec, mask_ratio=config.stage1.mask_ratio, causal_share=config.stage1.causal_share)
+        return spec
 
     def sizes(self) -> Sizes:
         """What models must know of the prepared log."""
@@ -125,25 +125,33 @@ def train(run: Run, worker: Worker, test: bool = True) -> dict[str, Any]:
     worker = replace(worker, say=worker.say if distributed.rank() == 0 else lambda _: None)
     items = run.prepared.folder.read_parquet("vocabulary.parquet")
     out: dict[str, Any] = {"curves": [], "seconds": {}}
-    stage1: MaskedItemStage | None = None
+    stage1: ItemStage | None = None
     if run.config.stage1.enabled:
-        stage1 = _masked_stage(run, items)
-        tested = partial(_test_masked, run, worker, stage1) if test else None
+        stage1 = _item_stage(run, items)
+        tested = partial(_test_items, run, worker, stage1) if test else None
         out["stage1"] = _finish(run, worker, stage1, out, tested)
-    stage2 = ClickStage(run.config, run.sizes(), run.spec("click-train"), run.spec("click-validation"))
-    if stage1 is not None:
-        stage2.model.inherit({k: v.cpu() for k, v in stage1.model.state_dict().items()})
-    tested = partial(_test_click, run, worker, stage2.model, items) if test else None
-    out["stage2"] = _finish(run, worker, stage2, out, tested)
-    out["stage2"]["cost"], out["seconds"]["scoring_a_million"] = _cost(run, worker, stage2.model)
-    if test:
-        out["baselines"] = out["stage2"]["test"].pop("baselines_auc")
+    if run.config.stage2.enabled:
+        out |= _clicks(run, worker, stage1, items, out, test)
     return out
 
 
-def _masked_stage(run: Run, items: pa.Table) -> MaskedItemStage:
+def _clicks(
+    run: Run, worker: Worker, stage1: ItemStage | None, items: pa.Table, out: dict[str, Any], test: bool
+) -> dict[str, Any]:
+    """Figures of stage 2 and, with a test, of the simple scorers beside it; its curve and seconds go to `out`."""
+    stage = ClickStage(run.config, run.sizes(), run.spec("click-train"), run.spec("click-validation"))
+    stage.model.know_items(items)
+    if stage1 is not None:
+        stage.model.inherit({k: v.cpu() for k, v in stage1.model.state_dict().items()})
+    tested = partial(_test_click, run, worker, stage.model, items) if test else None
+    found = _finish(run, worker, stage, out, tested)
+    found["cost"], out["seconds"]["scoring_a_million"] = _cost(run, worker, stage.model)
+    return {"stage2": found} | ({"baselines": found["test"].pop("baselines_auc")} if test else {})
+
+
+def _item_stage(run: Run, items: pa.Table) -> ItemStage:
     counts = items.column("count").to_numpy().astype(np.float64)
-    return MaskedItemStage(run.config, run.sizes(), counts, run.spec("masked"), run.spec("next_item-validation"))
+    return ItemStage(run.config, run.sizes(), counts, run.spec("masked"), run.spec("next_item-validation"))
 
 
 def _finish(
@@ -193,9 +201,11 @@ def stage_key(config: Config, prepared: Prepared, stage: str) -> str:
     if stage == "stage1":
         del chosen["stage2"]
         chosen["stream"].pop("stride")
-        for name in ONLY_STAGE2:
+        objective = config.stage1.objective
+        others = [name for kind, names in OF_OBJECTIVE.items() if kind != objective for name in names]
+        for name in (*ONLY_STAGE2, *others):
             chosen["model"].pop(name)
-        chosen["model"]["sem"].pop("in_stage2")
+        chosen["model"].get("sem", {}).pop("in_stage2", None)
     return fingerprint([prepared.manifest["fingerprint"], *chosen.values()])
 
 
@@ -235,7 +245,7 @@ def _context(run: Run, worker: Worker, folder: Folder) -> Context:
     )
 
 
-def _test_masked(run: Run, worker: Worker, stage: MaskedItemStage) -> dict[str, Any]:
+def _test_items(run: Run, worker: Worker, stage: ItemStage) -> dict[str, Any]:
     return stage.ranks(worker.source, run.spec("next_item-test"), worker.device)
 
 

@@ -20,8 +20,8 @@ from hpgr.data.new_log import prepare_new
 from hpgr.data.preparation import in_process
 from hpgr.data.stream import build_index
 from hpgr.data.timelines import events_before
-from hpgr.model.hpgr import ClickModel
 from hpgr.model.inputs import with_candidates
+from hpgr.model.registry import click_model
 from hpgr.schema import SECOND, Timelines
 from hpgr.scoring.finished import Finished
 from hpgr.scoring.pairs import Pairs, Scorer
@@ -33,6 +33,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "candidates only": RARE | {"model": {"pgsa": {"scope": "candidate"}, "layers": 3}},
     "dense, no sem": RARE
     | {"model": {"pgsa": {"enabled": False}, "sem": {"in_stage2": False}, "match_features": False}},
+    "hstu, research form": RARE | {"model": {"name": "hstu", "hstu_form": "research"}, "stage1": {"enabled": False}},
+    "mtgr": RARE | {"model": {"name": "mtgr", "layers": 3}, "stage1": {"enabled": False}},
+    "din": RARE | {"model": {"name": "din"}},
+    "logistic": RARE | {"model": {"name": "logistic"}, "stage1": {"enabled": False}},
 }
 
 
@@ -51,7 +55,7 @@ def test_encoded_once_equals_the_training_forward(variant: str) -> None:
 
     torch.manual_seed(0)
     over = VARIANTS[variant].get("model", {})
-    model = shaken(ClickModel(tiny(model=over), SIZES))
+    model = shaken(click_model(tiny(model=over), SIZES))
     data = random_batch(3, 12, 5, seed=4)
     x = inputs(data)
     with torch.no_grad():

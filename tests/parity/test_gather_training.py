@@ -11,7 +11,7 @@ from helpers_model import CPU, inputs, log_config, make_run, worker
 
 from hpgr.data.stream import LocalSource
 from hpgr.evaluation import scoring_cost
-from hpgr.model.hpgr import ClickModel
+from hpgr.model.registry import click_model
 from hpgr.training.two_stage import Run, train
 
 SETTINGS: dict[str, Any] = {"top_k": 3, "sigma": 1.0, "max_keys": 5, "anchors": "live"}
@@ -49,12 +49,12 @@ def test_test_scores_are_the_references(impl: str, trained: dict[str, tuple[Run,
 def test_a_candidate_attends_to_no_more_than_the_cap(trained: dict[str, tuple[Run, dict[str, Any]]]) -> None:
     run = trained["gather"][0]
     steps = list(LocalSource().evaluation(run.spec("click-test")))
-    model = ClickModel(run.config, run.sizes()).eval()
+    model = click_model(run.config, run.sizes()).eval()
     candidates, keys, _ = scoring_cost(model, steps, CPU)
     expected = 0
     for step in steps:
         x = inputs(step.batch)
-        kept = (model.candidate_weights(x, model.history_vectors(x)) > 0).sum(-1)
+        kept = (model.candidate_weights(x, model.encode(x)) > 0).sum(-1)
         assert int(kept.max()) <= SETTINGS["max_keys"]
         expected += int(kept[x.c_real].sum())
     assert candidates > 20

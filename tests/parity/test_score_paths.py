@@ -17,8 +17,10 @@ from torch import Tensor
 from hpgr.data.stream import LocalSource, Step
 from hpgr.evaluation import click_scores, rank_next_items, score
 from hpgr.metrics import RankSums
-from hpgr.model.hpgr import ClickModel, MaskedItemModel
+from hpgr.model.base import ClickModel
 from hpgr.model.inputs import unpad
+from hpgr.model.masked_item import MaskedItemModel
+from hpgr.model.registry import click_model
 from hpgr.training.two_stage import Run
 
 SOURCE = LocalSource()
@@ -36,7 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module")
 def model(run: Run) -> ClickModel:
     torch.manual_seed(0)
-    built = shaken(ClickModel(run.config, run.sizes()))
+    built = shaken(click_model(run.config, run.sizes()))
     assert isinstance(built, ClickModel)
     return built
 

@@ -28,7 +28,7 @@ from hpgr.config import Config, dump, validate
 from hpgr.data.batches import Assembler
 from hpgr.data.preparation import prepare
 from hpgr.data.windows import serving_windows
-from hpgr.model.hpgr import ClickModel
+from hpgr.model.hpgr import HpgrClick
 from hpgr.model.inputs import pad, unpad, with_candidates
 from hpgr.on_ray.benchmarks import machine, spread
 from hpgr.on_ray.parallel import RayExecute
@@ -115,7 +115,7 @@ def build(options: argparse.Namespace, folder: Path, say: Say) -> Config:
     run.folder.write_json("run.json", {"format": FORMAT, "config": dump(config)})
     stage2 = run.folder.sub("stage2")
     torch.manual_seed(0)
-    model = ClickModel(config, run.sizes())
+    model = HpgrClick(config, run.sizes())
     model.anchor_table.copy_(torch.nn.functional.normalize(torch.randn(model.anchor_table.shape), dim=-1))
     stage2.write("best.safetensors", to_bytes(model.state_dict()))
     stage2.write_json("done.json", {"settings": stage_key(config, prepared, "stage2"), "best_file": "best.safetensors"})

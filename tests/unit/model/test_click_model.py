@@ -10,7 +10,8 @@ import torch
 from helpers_model import SIZES, inputs, random_batch, shaken, tiny
 from torch.nn import functional as F
 
-from hpgr.model.hpgr import ClickModel, MaskedItemModel
+from hpgr.model.masked_item import MaskedItemModel
+from hpgr.model.registry import click_model
 
 
 def stage1(**over: object) -> dict[str, torch.Tensor]:
@@ -20,7 +21,7 @@ def stage1(**over: object) -> dict[str, torch.Tensor]:
 
 def test_stage_2_takes_over_events_sem_and_the_frozen_table() -> None:
     torch.manual_seed(0)
-    model = ClickModel(tiny(), SIZES)
+    model = click_model(tiny(), SIZES)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     taken = stage1()
     model.inherit(taken)
@@ -36,7 +37,7 @@ def test_stage_2_takes_over_events_sem_and_the_frozen_table() -> None:
 
 
 def test_the_frozen_table_stays_while_the_live_one_is_trained() -> None:
-    model = ClickModel(tiny(), SIZES)
+    model = click_model(tiny(), SIZES)
     model.inherit(stage1())
     frozen, live = model.anchor_table.clone(), model.events.item.weight.detach().clone()
     optimiser = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -48,7 +49,7 @@ def test_the_frozen_table_stays_while_the_live_one_is_trained() -> None:
 
 
 def test_live_anchors_have_no_copy() -> None:
-    model = ClickModel(tiny(model={"pgsa": {"anchors": "live"}}), SIZES)
+    model = click_model(tiny(model={"pgsa": {"anchors": "live"}}), SIZES)
     taken = stage1()
     model.inherit(taken)
     assert len(model.anchor_table) == 0
@@ -57,7 +58,7 @@ def test_live_anchors_have_no_copy() -> None:
 
 
 def test_a_model_without_sem_takes_over_the_events_alone() -> None:
-    model = ClickModel(tiny(model={"sem": {"in_stage2": False}}), SIZES)
+    model = click_model(tiny(model={"sem": {"in_stage2": False}}), SIZES)
     taken = stage1()
     model.inherit(taken)
     assert torch.equal(model.events.item.weight, taken["events.item.weight"])
@@ -70,7 +71,7 @@ def test_the_inherited_model_starts_as_if_there_were_no_sem() -> None:
     taken, scores = stage1(), []
     for in_stage2 in (True, False):
         torch.manual_seed(0)
-        model = ClickModel(tiny(model={"sem": {"in_stage2": in_stage2}}), SIZES).eval()
+        model = click_model(tiny(model={"sem": {"in_stage2": in_stage2}}), SIZES).eval()
         model.inherit(taken)
         scores.append(model.history(x, None))
     assert torch.equal(*scores)
@@ -79,7 +80,7 @@ def test_the_inherited_model_starts_as_if_there_were_no_sem() -> None:
 def test_the_loss_is_the_sum_over_labelled_real_candidates() -> None:
     batch = random_batch(3, 8, 4)
     labels = np.where(np.arange(12) % 5 == 0, -1, batch.t_label).astype(np.int8)
-    model = shaken(ClickModel(tiny(), SIZES))
+    model = shaken(click_model(tiny(), SIZES))
     x = inputs(replace(batch, t_label=labels))
     with torch.no_grad():
         output = model(x)
@@ -90,7 +91,7 @@ def test_the_loss_is_the_sum_over_labelled_real_candidates() -> None:
 
 
 def test_an_untrained_model_predicts_the_base_rate_on_average() -> None:
-    model = ClickModel(tiny(), SIZES).eval()
+    model = click_model(tiny(), SIZES).eval()
     with torch.no_grad():
         p = torch.sigmoid(model(inputs(random_batch(20, 12, 5))).scores)
     assert float(p.mean()) == pytest.approx(SIZES.base_rate, abs=0.1)

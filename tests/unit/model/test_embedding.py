@@ -85,7 +85,7 @@ def test_streams_share_the_tables_of_a_feature_they_both_show(encoder: EventEnco
 
 def test_match_features_equal_the_loop() -> None:
     """A count bucket (0, 1, then powers of two) and the age of the last match, from the visible past alone."""
-    match = MatchFeatures(tiny().model)
+    match = MatchFeatures(tiny().model.width, tiny().model.time_buckets)
     torch.nn.init.normal_(match.count.weight)
     torch.nn.init.normal_(match.age.weight)
     batch = random_batch(3, 40, 6, seed=1)

@@ -16,10 +16,10 @@ from hpgr.config import Model, validate
 from hpgr.model import select
 from hpgr.model.attention import attend
 from hpgr.model.gather import attend_kept, gather_pays, link
-from hpgr.model.hpgr import ClickModel
 from hpgr.model.hstu import HstuEncoder
 from hpgr.model.inputs import Inputs
 from hpgr.model.pgsa import cap_weights, gaussian_weights, select_anchors
+from hpgr.model.registry import click_model
 from hpgr.model.relation import Queries, relate_sparsely
 from hpgr.model.select import Kept, most_slots, select_anchors_in_tiles, select_keys
 
@@ -148,7 +148,7 @@ def test_attention_over_kept_keys_equals_the_reference(b: int, h: int, q: int, n
 def outcome(pgsa: dict[str, Any], x: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
     """Scores and gradients of the click model."""
     torch.manual_seed(0)
-    model = shaken(ClickModel(tiny(stream={"window": 9}, model={"pgsa": pgsa}), SIZES))
+    model = shaken(click_model(tiny(stream={"window": 9}, model={"pgsa": pgsa}), SIZES))
     output = model(x)
     output.loss.backward()
     return output.scores, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

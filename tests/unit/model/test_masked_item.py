@@ -10,9 +10,10 @@ import torch
 from helpers_model import SIZES, inputs, random_batch, shaken, tiny
 from torch.nn import functional as F
 
-from hpgr.model.hpgr import MaskedItemModel, Negatives
+from hpgr.model.base import Negatives
 from hpgr.model.inputs import Inputs
-from hpgr.training.stages import MaskedItemStage
+from hpgr.model.masked_item import MaskedItemModel
+from hpgr.training.stages import ItemStage
 
 CATALOGUE = SIZES.items - SIZES.first_item
 
@@ -92,7 +93,7 @@ def test_a_positive_is_never_its_own_negative(model: MaskedItemModel, x: Inputs)
 def test_negatives_follow_popularity_and_the_step_alone() -> None:
     counts = np.array([0.0] * 10 + [100.0] * 10)
     config = tiny(stage1={"full_softmax_items": 5, "negatives": 4000})
-    stage = MaskedItemStage(config, SIZES, counts, None, None)  # type: ignore[arg-type]
+    stage = ItemStage(config, SIZES, counts, None, None)  # type: ignore[arg-type]
     first, again, other = (stage.extras(step, torch.device("cpu"))["negatives"] for step in (1, 1, 2))
     assert torch.equal(first.items, again.items)
     assert not torch.equal(first.items, other.items)
@@ -104,5 +105,5 @@ def test_negatives_follow_popularity_and_the_step_alone() -> None:
 
 
 def test_a_small_catalogue_uses_the_full_softmax() -> None:
-    stage = MaskedItemStage(tiny(), SIZES, np.ones(CATALOGUE), None, None)  # type: ignore[arg-type]
+    stage = ItemStage(tiny(), SIZES, np.ones(CATALOGUE), None, None)  # type: ignore[arg-type]
     assert stage.extras(0, torch.device("cpu")) == {}

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from helpers_model import SIZES, inputs, random_batch, rows_of, shaken, tiny, widened
 from torch import nn
 
-from hpgr.model.hpgr import ClickModel, MaskedItemModel
+from hpgr.model.din import DinClick
+from hpgr.model.hpgr import HpgrClick, HstuClick
+from hpgr.model.masked_item import MaskedItemModel
+from hpgr.model.mtgr import MtgrClick
+from hpgr.model.next_item import NextItemModel
 from hpgr.model.noise import Dropout, Noise, number_sites
+from hpgr.model.registry import click_model
 
 T, C = 32, 16
 KEYS = np.random.default_rng(0).integers(-(2**62), 2**62, 64)
@@ -84,7 +91,7 @@ def test_a_row_larger_than_announced_is_refused() -> None:
 
 
 def test_every_site_of_a_model_has_its_own_number() -> None:
-    model = ClickModel(tiny(), SIZES)
+    model = click_model(tiny(), SIZES)
     sites = [m.site for m in model.modules() if isinstance(m, Dropout)]
     assert len(sites) > 4
     assert sorted(sites) == list(range(len(sites)))
@@ -105,8 +112,8 @@ def test_dropout_is_still_in_eval_mode_and_without_noise() -> None:
     assert site.eval()(x, noise) is x
 
 
-@pytest.mark.parametrize("kind", [ClickModel, MaskedItemModel])
-def test_a_rows_noisy_loss_does_not_depend_on_its_batch(kind: type[ClickModel | MaskedItemModel]) -> None:
+@pytest.mark.parametrize("kind", [HpgrClick, HstuClick, MtgrClick, DinClick, MaskedItemModel, NextItemModel])
+def test_a_rows_noisy_loss_does_not_depend_on_its_batch(kind: Any) -> None:
     """Through the whole model: the sum of rows' losses alone is the batch's, and padding changes nothing."""
     config = tiny(model={"dropout": 0.3, "sem": {"dropout": 0.3}})
     torch.manual_seed(0)

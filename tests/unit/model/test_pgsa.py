@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hpgr.model.attention import attend
-from hpgr.model.hpgr import ClickModel
 from hpgr.model.pgsa import gaussian_weights, select_anchors, sortable, visible_mask
+from hpgr.model.registry import click_model
 
 
 def reference_anchors(relevance: list[float], visible: int, top_k: int) -> list[int]:
@@ -170,7 +170,7 @@ def test_sparse_with_all_events_equals_dense(rows: int, events: int, targets: in
     results = []
     for pgsa in ({"top_k": events + seed % 3, "sigma": sigma}, {"enabled": False}):
         torch.manual_seed(0)
-        model = ClickModel(tiny(model={"pgsa": {"anchors": "live", **pgsa}}), SIZES)
+        model = click_model(tiny(model={"pgsa": {"anchors": "live", **pgsa}}), SIZES)
         shaken(model)
         output = model(inputs(batch))
         output.loss.backward()
@@ -189,7 +189,7 @@ def test_sparse_with_few_anchors_differs_from_dense() -> None:
     scores = []
     for pgsa in ({"top_k": 1, "sigma": 0.0}, {"enabled": False}):
         torch.manual_seed(0)
-        model = shaken(ClickModel(tiny(model={"pgsa": {"anchors": "live", **pgsa}}), SIZES))
+        model = shaken(click_model(tiny(model={"pgsa": {"anchors": "live", **pgsa}}), SIZES))
         scores.append(model(inputs(batch)).scores)
     assert (scores[0] != scores[1]).any()
 

@@ -241,7 +241,7 @@ def test_measured_retrieval_is_stage_ones_own_test(finished: Finished, tmp_path:
     """HR and NDCG of retrieval alone are the next-item test's, as long as the item is among those retrieved."""
     summary, _ = batch(finished, tmp_path / "out", top_n=5, retrieve=len(items), measure=True)
     told = json.loads((tmp_path / "out/_metrics.json").read_text())
-    model = finished.masked_model(CPU)
+    model = finished.item_model(CPU)
     spec = finished.run.spec("next_item-test")
     expected = rank_next_items(model, LocalSource().evaluation(spec), CPU, filter_seen=False).compute()
     for name in ("hr@1", "hr@10", "ndcg@10", "n", "hr@10_unseen"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers_model import SIZES, inputs, random_batch, shaken, tiny
 
-from hpgr.model.hpgr import MaskedItemModel
+from hpgr.model.masked_item import MaskedItemModel
 from hpgr.scoring.retrieval import NONE, best_items, item_vectors
 
 

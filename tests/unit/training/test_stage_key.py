@@ -10,12 +10,16 @@ import torch
 from helpers_model import log_config, make_run, worker
 
 from hpgr.config import Config, dump, validate
-from hpgr.model.hpgr import MaskedItemModel
+from hpgr.model.base import ItemModel
 from hpgr.search.space import placed
 from hpgr.training.loop import fit
-from hpgr.training.two_stage import Run, _context, _masked_stage, stage_key, train
+from hpgr.training.two_stage import Run, _context, _item_stage, stage_key, train
 
 FREE = {
+    "model.name": "mtgr",
+    "model.mtgr.mlp_ratio": 3,
+    "model.din.attention_units": 4,
+    "model.hstu_form": "research",
     "model.layers": 1,
     "model.silu_on": "u",
     "model.match_features": False,
@@ -40,6 +44,7 @@ BOUND = {
     "stage1.mask_ratio": 0.5,
     "stage1.causal_share": 1.0,
     "stage1.optimiser.lr": 0.02,
+    "stage1.objective": "next_item",
 }
 
 
@@ -54,9 +59,9 @@ def changed(config: Config, values: dict[str, Any]) -> Config:
 
 def stage1_weights(run: Run) -> dict[str, torch.Tensor]:
     torch.manual_seed(run.config.seed)
-    stage = _masked_stage(run, run.prepared.folder.read_parquet("vocabulary.parquet"))
+    stage = _item_stage(run, run.prepared.folder.read_parquet("vocabulary.parquet"))
     fit(stage, _context(run, worker(), run.folder.sub("stage1")))
-    assert isinstance(stage.model, MaskedItemModel)
+    assert isinstance(stage.model, ItemModel)
     return stage.model.state_dict()
 
 
@@ -88,9 +93,18 @@ def test_what_changes_stage_1_changes_its_key(
     other = changed(config, {path: BOUND[path]})
     assert stage_key(other, run.prepared, "stage1") != stage_key(config, run.prepared, "stage1")
     found = stage1_weights(make_run(other, tmp_path))
-    assert any(
+    assert found.keys() != weights.keys() or any(
         found[name].shape != weights[name].shape or not torch.equal(found[name], weights[name]) for name in weights
     )
+
+
+def test_the_next_item_objective_has_an_encoder_and_no_sem(config: Config, base: tuple[Run, Any]) -> None:
+    run, _ = base
+    flat = changed(config, {"stage1.objective": "next_item"})
+    key = stage_key(flat, run.prepared, "stage1")
+    assert stage_key(changed(flat, {"model.sem.intra_layers": 3}), run.prepared, "stage1") == key
+    for path, value in {"model.layers": 1, "model.silu_on": "u", "model.hstu_form": "research"}.items():
+        assert stage_key(changed(flat, {path: value}), run.prepared, "stage1") != key, path
 
 
 def test_a_shared_stage_1_gives_the_run_it_would_have_had(config: Config, tmp_path: Path) -> None:

@@ -1,0 +1,185 @@
+"""What all models share: outputs, the next-item head of stage 1, and the click model's interface of stage 2."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hpgr.config import Config
+from hpgr.model.embedding import EventEncoder, MatchFeatures, Sizes
+from hpgr.model.inputs import Inputs
+from hpgr.model.noise import Noise
+from hpgr.model.pgsa import visible_mask
+
+INHERITED = ("events.", "sem.", "encoder.")
+"""Parameters that stage 2 takes over from stage 1, where both have them."""
+
+
+class Output(NamedTuple):
+    """Sum of losses, how many terms it has, and the scores (stage 2: [B, M] logits; stage 1: empty)."""
+
+    loss: Tensor
+    terms: Tensor
+    scores: Tensor
+
+
+class Negatives(NamedTuple):
+    """Items drawn for the sampled softmax and the log-probability of drawing each catalogue item (logQ)."""
+
+    items: Tensor
+    log_q: Tensor
+
+
+class ItemModel(nn.Module):
+    """Stage 1: what a place in a history says about its item, by a softmax tied to the item table."""
+
+    def __init__(self, config: Config, sizes: Sizes) -> None:
+        super().__init__()
+        width = config.model.width
+        self.first_item = sizes.first_item
+        self.events = EventEncoder(config.model, sizes)
+        self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
+        self.item_bias = nn.Parameter(torch.zeros(sizes.items))
+
+    def encode(self, x: Inputs, noise: Noise | None = None) -> Tensor:
+        """What each event's place says about its item, the event itself unseen: [B, N, D]."""
+        raise AssertionError("a kind of ItemModel says how")
+
+    def asked(self, x: Inputs) -> Tensor:
+        """Events whose item is to be predicted: [B, N] booleans."""
+        raise AssertionError("a kind of ItemModel says which")
+
+    def forward(self, x: Inputs, noise: Noise | None = None, negatives: Negatives | None = None) -> Output:
+        """Cross-entropy summed over asked events whose item is in the catalogue; full softmax without `negatives`."""
+        asked = self.asked(x) & x.h_real & (x.h_item >= self.first_item)
+        state, target = self.encode(x, noise)[asked], x.h_item[asked]
+        if negatives is None:
+            logits = self.catalogue_logits(state)
+            loss = F.cross_entropy(logits.float(), target - self.first_item, reduction="sum")
+        else:
+            loss = self._sampled_loss(state, target, negatives)
+        return Output(loss, asked.sum(), state.new_zeros(0))
+
+    def catalogue_logits(self, state: Tensor) -> Tensor:
+        """[T, D] -> [T, V of the catalogue]."""
+        table = self.events.item.weight[self.first_item :]
+        return state @ table.T + self.item_bias[self.first_item :]
+
+    def _sampled_loss(self, state: Tensor, target: Tensor, negatives: Negatives) -> Tensor:
+        """Sampled softmax with logQ correction (Bengio & Senecal 2008); a positive is never its own negative.
+
+        The positive is always there, so it has no correction. The n draws stand for all other items, each with
+        weight 1 / (n q), so that their sum is expected to be the full softmax's.
+        """
+        table, bias = self.events.item.weight, self.item_bias
+        times_drawn = negatives.log_q[negatives.items - self.first_item] + math.log(len(negatives.items))
+        positive = (state * table[target]).sum(-1) + bias[target]
+        others = state @ table[negatives.items].T + bias[negatives.items] - times_drawn
+        others = others.masked_fill(negatives.items == target[:, None], float("-inf"))
+        logits = torch.cat([positive[:, None], others], 1).float()
+        return F.cross_entropy(logits, torch.zeros_like(target), reduction="sum")
+
+
+@dataclass(frozen=True)
+class Past:
+    """Encoded histories: what each layer shows of them to candidates (tensors whose first axis is B), and the item
+    vectors [B, N, D] that choose anchors (None: nothing is chosen)."""
+
+    shown: Iterable[tuple[Tensor, ...]]
+    vectors: Tensor | None = None
+
+    def rows(self, index: Tensor) -> Past:
+        """These rows, repeated or not."""
+        shown = [tuple(t[index] for t in layer) for layer in self.shown]
+        return Past(shown, None if self.vectors is None else self.vectors[index])
+
+
+class ClickModel(nn.Module):
+    """Stage 2 of every model: histories are encoded once, and any number of candidates read them.
+
+    Training, evaluation and batch scoring all go through `read`, so a model has one scoring function.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config, self.window = config.model, config.stream.window
+
+    def inherit(self, stage1: dict[str, Tensor]) -> None:
+        """Take over stage 1's weights."""
+        own = self.state_dict()
+        taken = {k: v for k, v in stage1.items() if k.startswith(INHERITED) and k in own}
+        self.load_state_dict(own | taken)
+
+    def know_items(self, items: pa.Table) -> None:
+        """Take in training-time statistics of the catalogue (`count`, `shown` a row an item); most need none."""
+
+    def forward(self, x: Inputs, noise: Noise | None = None) -> Output:
+        """Binary cross-entropy summed over labelled candidates, and every candidate's logit [B, M]."""
+        scores = self.read(self.past(x, noise), x, noise)
+        labelled = x.c_real & (x.c_label >= 0)
+        losses = F.binary_cross_entropy_with_logits(scores, x.c_label.clamp(min=0).float(), reduction="none")
+        return Output((losses * labelled).sum(), labelled.sum(), scores)
+
+    def encode(self, x: Inputs) -> Past:
+        """What any number of candidates read of the histories of a batch; its own candidates play no part."""
+        past = self.past(x, None)
+        return Past(list(past.shown), past.vectors)
+
+    def past(self, x: Inputs, noise: Noise | None) -> Past:
+        """`encode` with dropout; layers may be made as they are read, so that both streams go through one before
+        the next begins."""
+        raise AssertionError("a kind of ClickModel says how")
+
+    def read(self, past: Past, x: Inputs, noise: Noise | None = None, shares: list[Tensor] | None = None) -> Tensor:
+        """Logits of the candidates of `x` over the encoded histories of its rows: [B, M].
+
+        Of the histories themselves only items, times and sessions are read again. A list given as `shares` gets each
+        layer's attention shares, [B, M, N] (see `HstuLayer.shares`), of models that attend in layers.
+        """
+        raise AssertionError("a kind of ClickModel says how")
+
+    def kept_keys(self, x: Inputs) -> Tensor:
+        """How many past events each candidate attends to in a layer, itself left out: [B, M]."""
+        return x.c_visible
+
+    def candidate_weights(self, x: Inputs, past: Past) -> Tensor:
+        """Attention weights of the candidates over encoded histories: [B, M, N]."""
+        return visible_mask(x.c_visible, x.h_item.shape[1])
+
+    def anchors(self, past: Past, x: Inputs) -> tuple[Tensor, Tensor]:
+        """Positions of the candidates' anchors and whether each is real: [B, M, K] (see `select_anchors`)."""
+        raise AssertionError("dense attention has no anchors")
+
+
+class TokenClick(ClickModel):
+    """A click model whose history and candidates are tokens of the shared event encoder."""
+
+    def __init__(self, config: Config, sizes: Sizes) -> None:
+        super().__init__(config)
+        model = config.model
+        self.events = EventEncoder(model, sizes)
+        self.match = MatchFeatures(model.width, model.time_buckets) if model.match_features else None
+        self.head = click_head(model.width, sizes.base_rate)
+
+    def candidates(self, x: Inputs, noise: Noise | None) -> Tensor:
+        """Candidate tokens, with what the visible past says of exactly their item: [B, M, D]."""
+        return self.events.candidates(x, noise, 0.0 if self.match is None else self.match(x, visible_matches(x)))
+
+
+def visible_matches(x: Inputs) -> Tensor:
+    """Which visible past events have the candidate's very item: [B, M, N] booleans."""
+    return (x.c_item[..., None] == x.h_item[:, None, :]) & visible_mask(x.c_visible, x.h_item.shape[1])
+
+
+def click_head(width: int, base_rate: float) -> nn.Sequential:
+    """Logit of a click from a candidate's encoding; it starts at the base rate."""
+    click = nn.Linear(width, 1)
+    nn.init.constant_(click.bias, math.log(base_rate / (1 - base_rate)))
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), click)
