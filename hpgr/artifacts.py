@@ -6,8 +6,11 @@ import hashlib
 import json
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -17,16 +20,22 @@ from hpgr.errors import ArtifactError
 
 FORMAT = 1
 """Version of run folders and prepared logs; a folder of another version is refused, never guessed at."""
+SPACE = "; check space and permissions"
+"""What helps against most refusals to write."""
 
 
 def resolve(path: str) -> tuple[pafs.FileSystem, str]:
     """Filesystem and path of a local path or a URI such as s3://bucket/key.
 
     Raises:
-        ArtifactError: the scheme is unknown or the store cannot be reached.
+        ArtifactError: the scheme is unknown, the store cannot be reached, or the URI holds a key to it.
     """
     if "://" not in path:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path))
+    if "@" in urlsplit(path).netloc or "key=" in urlsplit(path).query:
+        raise ArtifactError(f"{path.partition('://')[0]}://...: the address holds a key, which every record of the run "
+                            "would repeat; leave it out and give it as the store's tools do (environment, profile or "
+                            "role)")  # fmt: skip
     try:
         return pafs.FileSystem.from_uri(path)
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -36,6 +45,15 @@ def resolve(path: str) -> tuple[pafs.FileSystem, str]:
 def absolute(path: str) -> str:
     """The path from anywhere: workers do not share the driver's working directory."""
     return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
+@contextmanager
+def refusal(verb: str, path: str, remedy: str = "") -> Iterator[None]:
+    """Turns what a disk or store refuses into an ArtifactError: cannot <verb> <path>, the reason, the remedy."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise ArtifactError(f"cannot {verb} {path}: {error}{remedy}") from None
 
 
 @dataclass(frozen=True)
@@ -62,50 +80,49 @@ class Folder:
 
     def exists(self, name: str = "") -> bool:
         filesystem, path = self.path(name)
-        return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
+        with refusal("look for", path):
+            return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
 
     def entries(self, name: str = "") -> list[str]:
         """Names of files and folders directly inside, sorted; empty if there is no such folder."""
-        filesystem, path = self.path(name)
-        found = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
-        return sorted(entry.base_name for entry in found)
+        return sorted(entry.base_name for entry in self._listed(name))
 
     def sizes(self, name: str = "") -> dict[str, int]:
         """Files directly inside and their bytes; empty if there is no such folder."""
+        return {entry.base_name: entry.size for entry in self._listed(name) if entry.type == pafs.FileType.File}
+
+    def times(self, name: str = "") -> dict[str, float]:
+        """Files directly inside and when they were last written, in seconds of the store's clock."""
+        return {e.base_name: e.mtime_ns / 1e9 for e in self._listed(name) if e.type == pafs.FileType.File}
+
+    def _listed(self, name: str) -> list[pafs.FileInfo]:
         filesystem, path = self.path(name)
-        found = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
-        return {entry.base_name: entry.size for entry in found if entry.type == pafs.FileType.File}
+        with refusal("list", path):
+            return list(filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True)))
 
     def move(self, source: str, target: str) -> None:
         """Rename a file inside the folder (on an object store: copy, then delete). An existing target is replaced."""
         filesystem, path = self.path(target)
-        try:
+        with refusal(f"move {source} to", path, SPACE):
             filesystem.create_dir(path.rpartition("/")[0], recursive=True)
             filesystem.move(self.path(source)[1], path)
-        except (OSError, pa.ArrowException) as error:
-            raise ArtifactError(f"cannot move {source} to {path}: {error}; check space and permissions") from None
 
     def read(self, name: str) -> bytes:
         """Whole file. Raises ArtifactError if it is missing or unreadable."""
         filesystem, path = self.path(name)
-        try:
-            with filesystem.open_input_file(path) as file:
-                return bytes(file.read())
-        except (OSError, pa.ArrowException) as error:
-            raise ArtifactError(f"cannot read {path}: {error}") from None
+        with refusal("read", path), filesystem.open_input_file(path) as file:
+            return bytes(file.read())
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file whole or not at all (rename on disk, one upload on an object store)."""
+        """Write a file whole or not at all: on a disk it is flushed, then renamed; on a store it is one upload."""
         filesystem, path = self.path(name)
-        try:
+        with refusal("write", path, SPACE):
             filesystem.create_dir(path.rpartition("/")[0], recursive=True)
-            target = f"{path}.{uuid.uuid4().hex}.tmp" if self.is_local else path
-            with filesystem.open_output_stream(target) as file:
-                file.write(content)
-            if target != path:
-                filesystem.move(target, path)
-        except (OSError, pa.ArrowException) as error:
-            raise ArtifactError(f"cannot write {path}: {error}; check space and permissions") from None
+            if self.is_local:
+                _write_local(path, content)
+            else:
+                with filesystem.open_output_stream(path) as file:
+                    file.write(content)
 
     def read_json(self, name: str) -> Any:
         try:
@@ -118,10 +135,8 @@ class Folder:
 
     def read_parquet(self, name: str, columns: list[str] | None = None) -> pa.Table:
         filesystem, path = self.path(name)
-        try:
+        with refusal("read", path):
             return pq.ParquetFile(path, filesystem=filesystem).read(columns=columns)
-        except (OSError, pa.ArrowException) as error:
-            raise ArtifactError(f"cannot read {path}: {error}") from None
 
     def write_parquet(self, name: str, table: pa.Table) -> None:
         sink = pa.BufferOutputStream()
@@ -132,7 +147,28 @@ class Folder:
         """Remove a folder and what is in it; nothing happens if there is none."""
         filesystem, path = self.path(name)
         if self.exists(name):
-            filesystem.delete_dir(path)
+            with refusal("delete", path):
+                filesystem.delete_dir(path)
+
+    def remove(self, name: str) -> None:
+        """Remove a file; nothing happens if there is none."""
+        filesystem, path = self.path(name)
+        with refusal("delete", path), suppress(FileNotFoundError):
+            filesystem.delete_file(path)
+
+
+def _write_local(path: str, content: bytes) -> None:
+    aside = f"{path}.{uuid.uuid4().hex}.tmp"
+    try:
+        with open(aside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # or a machine that loses power could keep the name without the bytes
+        os.replace(aside, path)
+    except OSError:
+        with suppress(OSError):
+            os.remove(aside)  # a full disk needs the room
+        raise
 
 
 def fingerprint(value: Any) -> str:

@@ -21,6 +21,12 @@ ROOT = Path(__file__).resolve().parents[1]
 Rows = Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]] | pa.Table
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("chaos", "random deaths (tests/faults/test_chaos.py, -m chaos)")
+    group.addoption("--chaos-runs", type=int, default=20, help="jobs to disturb")
+    group.addoption("--chaos-seed", type=int, default=0, help="what decides when and of what they die")
+
+
 def _table(rows: Rows) -> pa.Table:
     if isinstance(rows, pa.Table):
         return rows

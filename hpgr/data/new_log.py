@@ -17,7 +17,7 @@ import numpy as np
 from hpgr.artifacts import FORMAT, Folder, absolute, fingerprint
 from hpgr.config import Data
 from hpgr.data import split as splits
-from hpgr.data.preparation import SPLIT_NAMES, Execute, Job, Prepared, bucket_count, ordered_rows, versions
+from hpgr.data.preparation import SPLIT_NAMES, Execute, Job, Prepared, bucket_count, ordered_rows, sole, versions
 from hpgr.data.sources import find_files, fragments, inputs_fingerprint
 from hpgr.data.timelines import encode, training_rows
 from hpgr.data.validation import needed_columns
@@ -44,30 +44,31 @@ def prepare_new(
     inputs = inputs_fingerprint(files)
     name = fingerprint({"format": FORMAT, "inputs": inputs, "known": known.manifest["fingerprint"]})
     folder = Folder(absolute(data.prepared)).sub(name)
-    if folder.exists("manifest.json"):
-        say(f"users: inputs unchanged, reusing {folder.uri}")
-        return Prepared.open(folder)
-    say(f"users: {len(files)} file(s), {sum(f.size for f in files) / 1e6:,.1f} MB -> {folder.uri}")
-    folder.delete()
-    pieces = fragments(files, needed_columns(data))
-    job = Job(data, folder, bucket_count(pieces), execute, say)
-    account, _ = job.order(pieces, hours=False)
-    folder.write_parquet("vocabulary.parquet", known.vocabulary().items)
-    folder.write_json("vocabulary.json", known.vocabulary().to_tables())
-    parts = list(execute("encode", partial(_encode, data=data, folder=folder), range(job.buckets)))
-    manifest = {
-        "format": FORMAT,
-        "fingerprint": name,
-        "inputs": inputs,
-        "known": known.manifest["fingerprint"],
-        "buckets": job.buckets,
-        "account": account | _sums(parts),
-        "cut_offs": asdict(ALL_HELD_OUT),
-        **{key: known.manifest[key] for key in ("settings", "vocabulary", "features")},
-        "versions": versions(),
-    }
-    folder.delete("staging")
-    folder.write_json("manifest.json", manifest)
+    with sole(folder, say):
+        if folder.exists("manifest.json"):
+            say(f"users: inputs unchanged, reusing {folder.uri}")
+            return Prepared.open(folder)
+        say(f"users: {len(files)} file(s), {sum(f.size for f in files) / 1e6:,.1f} MB -> {folder.uri}")
+        folder.delete()
+        pieces = fragments(files, needed_columns(data))
+        job = Job(data, folder, bucket_count(pieces), execute, say)
+        account, _ = job.order(pieces, hours=False)
+        folder.write_parquet("vocabulary.parquet", known.vocabulary().items)
+        folder.write_json("vocabulary.json", known.vocabulary().to_tables())
+        parts = list(execute("encode", partial(_encode, data=data, folder=folder), range(job.buckets)))
+        manifest = {
+            "format": FORMAT,
+            "fingerprint": name,
+            "inputs": inputs,
+            "known": known.manifest["fingerprint"],
+            "buckets": job.buckets,
+            "account": account | _sums(parts),
+            "cut_offs": asdict(ALL_HELD_OUT),
+            **{key: known.manifest[key] for key in ("settings", "vocabulary", "features")},
+            "versions": versions(),
+        }
+        folder.delete("staging")
+        folder.write_json("manifest.json", manifest)
     return Prepared(folder, manifest)
 
 

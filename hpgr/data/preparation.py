@@ -37,6 +37,7 @@ from hpgr.data.timelines import encode, features_of, training_rows
 from hpgr.data.validation import USER_HASH, empty_rows, needed_columns, validate
 from hpgr.data.vocabulary import Vocabulary, count, merge
 from hpgr.errors import ArtifactError, ConfigError, DataError
+from hpgr.locks import held
 from hpgr.schema import SECOND
 
 T = TypeVar("T")
@@ -101,23 +102,35 @@ def prepare(config: Config, execute: Execute, say: Callable[[str], None]) -> Pre
     settings = {k: v for k, v in dump(config)["data"].items() if k not in ("prepared", "path", "synthetic")}
     name = fingerprint({"format": FORMAT, "inputs": inputs, "settings": settings})
     folder = Folder(absolute(data.prepared)).sub(name)
-    if folder.exists("manifest.json"):
-        say(f"prepare: inputs and settings unchanged, reusing {folder.uri}")
-        return Prepared.open(folder)
-    say(f"prepare: {len(files)} file(s), {sum(f.size for f in files) / 1e6:,.1f} MB -> {folder.uri}")
-    folder.delete()
-    pieces = fragments(files, needed_columns(data))
-    job = Job(data, folder, bucket_count(pieces), execute, say)
-    manifest = {
-        "format": FORMAT,
-        "fingerprint": name,
-        "inputs": inputs,
-        "settings": settings,
-        **job.run(pieces),
-    }
-    folder.delete("staging")
-    folder.write_json("manifest.json", manifest)
+    with sole(folder, say):
+        if folder.exists("manifest.json"):
+            say(f"prepare: inputs and settings unchanged, reusing {folder.uri}")
+            return Prepared.open(folder)
+        say(f"prepare: {len(files)} file(s), {sum(f.size for f in files) / 1e6:,.1f} MB -> {folder.uri}")
+        folder.delete()
+        pieces = fragments(files, needed_columns(data))
+        job = Job(data, folder, bucket_count(pieces), execute, say)
+        manifest = {
+            "format": FORMAT,
+            "fingerprint": name,
+            "inputs": inputs,
+            "settings": settings,
+            **job.run(pieces),
+        }
+        folder.delete("staging")
+        folder.write_json("manifest.json", manifest)
     return Prepared(folder, manifest)
+
+
+@contextmanager
+def sole(folder: Folder, say: Callable[[str], None]) -> Iterator[None]:
+    """The right to write a prepared log, or leave to read it: of two that want the same one, the second waits."""
+    if folder.exists("manifest.json"):
+        yield
+        return
+    home, _, name = folder.uri.rpartition("/")
+    with held(Folder(home), "preparation", say, prefix=f"{name}.lock", wait=True):
+        yield
 
 
 def _paths(data: Data, say: Callable[[str], None]) -> list[str]:
@@ -125,7 +138,7 @@ def _paths(data: Data, say: Callable[[str], None]) -> list[str]:
         return [data.path] if isinstance(data.path, str) else list(data.path)
     log = generated_log(data)
     filesystem, path = log.path()
-    with writing(path):
+    with writing(path), sole(log, say):
         filesystem.create_dir(path, recursive=True)
         write_log(data.synthetic, path, filesystem)
     say(f"prepare: no data.path, using the generated log in {log.uri}")

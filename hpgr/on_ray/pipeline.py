@@ -23,6 +23,7 @@ from hpgr.data.preparation import Execute, Prepared, generated_log, prepare
 from hpgr.data.sessions import EDGES, session_statistics
 from hpgr.data.stream import build_index
 from hpgr.errors import ArtifactError, ConfigError
+from hpgr.locks import held
 from hpgr.metrics import auc
 from hpgr.on_ray.parallel import RayExecute
 from hpgr.on_ray.session import session
@@ -75,7 +76,16 @@ def open_run(request: Request) -> tuple[Config, Folder]:
 
 
 def two_stage(request: Request, say: Say) -> tuple[dict[str, Any], str]:
-    """Run, or go on with, the whole job; returns metrics.json and the run folder."""
+    """Run, or go on with, the whole job; returns metrics.json and the run folder.
+
+    Raises:
+        ArtifactError: another job works on the folder.
+    """
+    with held(Folder(absolute(request.run)), "jobs/two_stage.py", say):
+        return _two_stage(request, say)
+
+
+def _two_stage(request: Request, say: Say) -> tuple[dict[str, Any], str]:
     start = time.monotonic()
     config, folder = open_run(request)
     if folder.exists("metrics.json"):

@@ -17,7 +17,9 @@ import torch
 from ray.exceptions import RayError
 
 import hpgr.errors
+from hpgr.artifacts import Folder, absolute
 from hpgr.errors import HpgrError
+from hpgr.locks import held
 from hpgr.on_ray.parallel import SAY_EVERY_SECONDS, RayExecute, cause
 from hpgr.on_ray.session import cluster_cpus, most_cpus, session
 from hpgr.scoring import job, output
@@ -38,6 +40,7 @@ class Pool:
 def batch_score(wish: job.Wish, pool: Pool, say: Say) -> dict[str, Any]:
     """Run a batch job on the cluster; see `hpgr.scoring.job.batch_score`. Ray starts once there is work for it."""
     with ExitStack() as stack:
+        stack.enter_context(held(Folder(absolute(wish.output)), "jobs/batch_score.py", say, output.LOCK))
 
         def execute(name: str, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterable[Any]:
             stack.enter_context(session(say))

@@ -20,6 +20,7 @@ from hpgr.artifacts import FORMAT, Folder, absolute, check_format
 from hpgr.config import Config, dump, to_yaml, validate
 from hpgr.data.stream import build_index
 from hpgr.errors import ArtifactError, ConfigError, HpgrError, TrainingError
+from hpgr.locks import held
 from hpgr.on_ray.parallel import RayExecute
 from hpgr.on_ray.pipeline import Request, Say, prepared_log, two_stage, versions
 from hpgr.on_ray.searcher import Clock, StudySearcher, asha
@@ -54,8 +55,14 @@ def search(request: SearchRequest, say: Say) -> tuple[dict[str, Any], SearchData
     """Run, or go on with, a search; returns search.json and what its report shows.
 
     Raises:
-        HpgrError: the space does not fit, the cluster can never run a trial, or no trial finished.
+        HpgrError: the space does not fit, the cluster can never run a trial, no trial finished, or another job works
+            on the folder.
     """
+    with held(Folder(absolute(request.run)), "jobs/tune.py", say):
+        return _search(request, say)
+
+
+def _search(request: SearchRequest, say: Say) -> tuple[dict[str, Any], SearchData]:
     config, space, folder = open_search(request)
     with session(say):
         most = room(config, space)

@@ -75,7 +75,7 @@ def open_finished(uri: str, prepared: str | None = None) -> Finished:
 
 def _best(run: Run, stage: str) -> bytes:
     folder = run.folder.sub(stage)
-    return folder.read(folder.read_json("done.json")["best_file"])
+    return checkpoint.best_weights(folder, folder.read_json("done.json"))
 
 
 def _prepared(config: Config, folder: Folder, given: str | None) -> Prepared:

@@ -30,7 +30,7 @@ from hpgr.errors import ArtifactError
 from hpgr.scoring.request import Request
 from hpgr.scoring.shards import Outcome
 
-REQUEST, SUCCESS, QUALITY = "_request.json", "_SUCCESS", "_metrics.json"
+REQUEST, SUCCESS, QUALITY, LOCK = "_request.json", "_SUCCESS", "_metrics.json", "_lock"
 WORK, PENDING, COMMITS, EMBEDDINGS = "_work", "_pending", "_commits", "_embeddings"
 ITEMS = f"{WORK}/items.parquet"
 STORE_THREADS = 16
@@ -51,7 +51,7 @@ def claim(folder: Folder, record: dict[str, Any]) -> bool:
             raise ArtifactError(f"--output {folder.uri} belongs to another request: {changes}; give another --output, "
                                 "or the same command to go on with that one")  # fmt: skip
         return folder.exists(SUCCESS)
-    others = folder.entries()
+    others = [name for name in folder.entries() if not name.startswith(f"{LOCK}-")]
     if others:
         raise ArtifactError(f"--output {folder.uri} holds other files ({', '.join(others[:3])}); give an empty or new "
                             "folder")  # fmt: skip

@@ -39,7 +39,7 @@ def save(
     target = folder.sub(f"step-{step:08d}")
     for name, content in contents.items():
         target.write(name, content)
-    target.write_json(SEAL, {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()})
+    target.write_json(SEAL, {name: digest(content) for name, content in contents.items()})
 
 
 def prune(folder: Folder, step: int, keep: int) -> None:
@@ -52,11 +52,16 @@ def prune(folder: Folder, step: int, keep: int) -> None:
             folder.delete(name)
 
 
-def latest(folder: Folder, say: Callable[[str], None]) -> str | None:
-    """Name of the newest whole checkpoint, or None; torn and corrupt ones are named and passed over."""
+def latest(
+    folder: Folder, say: Callable[[str], None], check: Callable[[dict[str, Any]], None] = lambda _: None
+) -> str | None:
+    """Name of the newest whole checkpoint, or None; torn and corrupt ones are named and passed over.
+
+    `check` gets a checkpoint's state and raises ArtifactError if what that refers to is not whole.
+    """
     for name in reversed(folder.entries()):
         try:
-            _verified(folder.sub(name))
+            check(json.loads(_verified(folder.sub(name))[_STATE]))
         except ArtifactError as error:
             say(f"checkpoint {name} is not whole, using the one before: {error}")
         else:
@@ -78,9 +83,26 @@ def _verified(folder: Folder) -> dict[str, bytes]:
         raise ArtifactError(f"{folder.uri}/{SEAL} does not name the checkpoint's files")
     contents = {name: folder.read(name) for name in sums}
     for name, content in contents.items():
-        if hashlib.sha256(content).hexdigest() != sums[name]:
+        if digest(content) != sums[name]:
             raise ArtifactError(f"{folder.uri}/{name} does not match its checksum")
     return contents
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def best_weights(folder: Folder, state: dict[str, Any]) -> bytes:
+    """The best weights of a stage, which its checkpoints and its done.json name by `best_file` and `best_sum`.
+
+    Raises:
+        ArtifactError: they are gone or damaged.
+    """
+    content = folder.read(state["best_file"])
+    if digest(content) != state.get("best_sum", digest(content)):  # older folders have no sum
+        raise ArtifactError(f"{folder.uri}/{state['best_file']} does not match its checksum; restore it, or delete "
+                            f"{folder.uri} to train the stage again")  # fmt: skip
+    return content
 
 
 def to_bytes(tensors: dict[str, Tensor]) -> bytes:

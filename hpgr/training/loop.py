@@ -58,6 +58,8 @@ class Progress:
     global_step: int = 0
     best: float | None = None
     best_file: str = ""
+    best_sum: str = ""
+    """Checksum of the best weights; the first worker alone knows it."""
     best_figures: dict[str, Any] = field(default_factory=dict)
     stale: int = 0
     loss_sum: float = 0.0
@@ -96,14 +98,16 @@ class _Loop:
             self._rehearse()
             self._train()
         if p.best_file:
-            weights = distributed.from_first(None if distributed.rank() else self.context.folder.read(p.best_file))
+            own = None if distributed.rank() else checkpoint.best_weights(self.context.folder, asdict(p))
+            weights = distributed.from_first(own)
             assert weights is not None
             self.model.load_state_dict(checkpoint.from_bytes(weights))
         return p
 
     def _restore(self) -> None:
         say = self.context.say if distributed.rank() == 0 else lambda _: None
-        name = distributed.from_first(checkpoint.latest(self.checkpoints, say) if distributed.rank() == 0 else None)
+        found = None if distributed.rank() else checkpoint.latest(self.checkpoints, say, self._check_best)
+        name = distributed.from_first(found)
         if name is None:
             return
         tensors, state = checkpoint.load(self.checkpoints, name, self.optimiser)
@@ -113,6 +117,10 @@ class _Loop:
         say(
             f"{self.stage.name}: continuing from {name}, epoch {self.progress.epoch + 1}, step {self.progress.step + 1}"
         )
+
+    def _check_best(self, state: dict[str, Any]) -> None:
+        if state["best_file"]:
+            checkpoint.best_weights(self.context.folder, state)
 
     def _rehearse(self) -> None:
         """One forward and backward of the heaviest batch, so that a lack of memory shows now."""
@@ -219,16 +227,18 @@ class _Loop:
         self.context.report(told | {"train_loss": sums["train_loss"], f"best_{stage.metric}": p.best})
 
     def _keep_best(self) -> None:
-        old, self.progress.best_file = (
-            self.progress.best_file,
-            f"best-{self.progress.global_step:08d}.safetensors",
-        )
+        """Write the best weights; those that a kept checkpoint may name stay."""
+        p, folder = self.progress, self.context.folder
+        p.best_file = f"best-{p.global_step:08d}.safetensors"
         if distributed.rank() == 0:
-            self.context.folder.write(self.progress.best_file, checkpoint.to_bytes(self._tensors()))
-            for name in self.context.folder.entries():
-                if name.startswith("best-") and name not in (old, self.progress.best_file):
-                    filesystem, path = self.context.folder.path(name)
-                    filesystem.delete_file(path)
+            content = checkpoint.to_bytes(self._tensors())
+            p.best_sum = checkpoint.digest(content)
+            folder.write(p.best_file, content)
+            names = [name for name in folder.entries() if name.startswith("best-")]
+            kept = [name for name in names if name <= p.best_file][-self.context.checkpoints.keep - 1 :]
+            for name in names:
+                if name not in kept:
+                    folder.remove(name)
 
     def _save(self) -> None:
         p = self.progress

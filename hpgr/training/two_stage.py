@@ -170,7 +170,7 @@ def _finish(
     else:
         _check(done, run, stage.name)
         worker.say(f"{stage.name}: finished before, taking {folder.uri}/{done['best_file']}")
-        stage.model.load_state_dict(checkpoint.from_bytes(folder.read(done["best_file"])))
+        stage.model.load_state_dict(checkpoint.from_bytes(checkpoint.best_weights(folder, done)))
         stage.model.to(worker.device)
     if test is not None and "test" not in done:
         done["test"] = test()
@@ -213,7 +213,7 @@ def _figures(progress: Progress) -> dict[str, Any]:
     plain = asdict(progress)
     return {
         "validation": plain["best_figures"],
-        "best_file": plain["best_file"],
+        **{name: plain[name] for name in ("best_file", "best_sum")},
         "steps": plain["global_step"],
         "seconds": plain["seconds"],
         "waited": plain["waited"],
