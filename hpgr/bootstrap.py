@@ -4,7 +4,7 @@ Users are drawn with replacement, the same draw for all models, and every figure
 rows. So what a hard or easy user does to both models cancels out of their difference, and impressions of one user are
 never taken for independent ones.
 
-An AUC needs no sorting of its own in a draw: scores are ordered once, and a draw only changes how often each row counts.
+A draw needs no sorting of its own: scores are ordered once, and a draw only changes how often each row counts.
 
 Legend: n rows, P clicks, N others, U users, C draws of a chunk, D draws in all.
 """
@@ -61,7 +61,7 @@ class Rows:
         counted, earned = np.zeros(self.users), np.zeros(self.users)
         counted[who], earned[who] = rows, rows * area
         total = np.bincount(self.user, minlength=self.users).astype(np.float64)
-        return total, np.bincount(self.user, loss, self.users), counted, earned
+        return total, np.bincount(self.user, loss, self.users).astype(np.float64), counted, earned
 
     def figures(self, times: Reals) -> dict[str, Reals]:
         """METRICS of draws in which user u counts times[c, u] times, [C] each; NaN where a draw has none."""

@@ -189,7 +189,7 @@ def check(space: Space, config: Config) -> None:
         ConfigError: paths that do not exist or may not vary, values out of a key's range, conditions on nothing, and
             starting values that the space does not hold (the search begins with them, so it never ends below them).
     """
-    tree, leaves = dump(config), dict(_leaves(dump(config)))
+    tree, leaves = dump(config), leaves_of(dump(config))
     faults = [fault for path, d in space.parameters.items() for fault in _faults(path, d, space, tree, leaves)]
     if faults:
         raise ConfigError(f"{len(faults)} fault(s) in space {space.name}:\n" + "\n".join(f"  - {f}" for f in faults))
@@ -218,6 +218,11 @@ def _faults(
     own = list(space.parameters)
     late = [p for p in distribution.when if p in own and own.index(p) >= own.index(path)]
     return faults + [f"{path}: when.{p} must stand above it in the space" for p in late]
+
+
+def leaves_of(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a configuration's plain data by dotted path."""
+    return dict(_leaves(tree))
 
 
 def _leaves(node: Any, path: str = "") -> list[tuple[str, Any]]:
