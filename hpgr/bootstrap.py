@@ -11,6 +11,7 @@ Legend: n rows, P clicks, N others, U users, C draws of a chunk, D draws in all.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -80,6 +81,15 @@ class Rows:
             beaten = (beaten + passed[:, upto]) / 2
         clicks = times[:, click_user]
         return np.einsum("cp,cp->c", clicks, beaten) / (clicks.sum(1) * passed[:, -1])
+
+
+def spread_of(values: Sequence[float]) -> dict[str, Any]:
+    """One figure over seeds: its mean, sample standard deviation (None of one value) and values."""
+    return {
+        "mean": statistics.fmean(values) if values else None,
+        "sd": statistics.stdev(values) if len(values) > 1 else None,
+        "values": list(values),
+    }
 
 
 def times_drawn(users: int, draws: int, seed: Sequence[int]) -> Reals:

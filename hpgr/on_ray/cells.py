@@ -22,12 +22,13 @@ from ray.exceptions import RayError
 
 from hpgr.artifacts import FORMAT, Folder
 from hpgr.config import Config, dump, to_yaml, validate
+from hpgr.data.preparation import Prepared
 from hpgr.errors import TrainingError
 from hpgr.on_ray.parallel import cause
 from hpgr.on_ray.pipeline import versions
 from hpgr.on_ray.session import quieten
 from hpgr.on_ray.train import Crew, train_here, train_on_workers
-from hpgr.on_ray.trials import Place, cpus_of, demand, nested, run_of
+from hpgr.on_ray.trials import Place, cpus_of, demand, index_of, nested, run_of
 from hpgr.search.matrix import Cell
 from hpgr.training.two_stage import Run
 
@@ -85,6 +86,12 @@ class Cells:
                 return None
             self._known[cell.key] = home.read_json(RECORD)
         return self._known[cell.key]
+
+    def run(self, work: Work) -> Run:
+        """A trained cell's run, to be opened elsewhere."""
+        prepared, stage1 = Prepared.open(Folder(work.place.prepared)), Folder(work.place.stage1)
+        shared = stage1.sub(work.stage1) if work.stage1 else None
+        return Run(work.cell.config, self.home(work.cell), prepared, shared, index_of(work.cell.config, work.place))
 
     def running(self) -> list[tuple[str, str, float | None, float]]:
         """Cells at work: label, what they do, best validation AUC so far, seconds since they were started."""

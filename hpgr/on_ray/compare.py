@@ -5,7 +5,6 @@ Cells are named by what they compute, so a row may change, or another seed be ad
 
 from __future__ import annotations
 
-import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from rich.live import Live
 from rich.text import Text
 
 from hpgr.artifacts import FORMAT, Folder, absolute, check_format
-from hpgr.bootstrap import METRICS, resample
+from hpgr.bootstrap import METRICS, resample, spread_of
 from hpgr.config import Config, dump
 from hpgr.config import to_yaml as config_yaml
 from hpgr.data.preparation import Prepared
@@ -26,12 +25,14 @@ from hpgr.data.stream import build_index
 from hpgr.errors import ArtifactError, ConfigError, HpgrError, TrainingError
 from hpgr.metrics import ClickScores
 from hpgr.on_ray.cells import Cells, Done, Work
+from hpgr.on_ray.noise import NoiseStudy
 from hpgr.on_ray.parallel import RayExecute
 from hpgr.on_ray.pipeline import Say, prepared_log, versions
 from hpgr.on_ray.searcher import Clock
 from hpgr.on_ray.session import most_cpus, session
 from hpgr.on_ray.trials import Place, demand, index_of
 from hpgr.report.compare import CompareData, board, render_compare
+from hpgr.report.noise import section_noise
 from hpgr.search.matrix import Cell, Matrix, Plan, Values, to_yaml
 from hpgr.training.two_stage import INDEXES, stage_key
 
@@ -63,6 +64,7 @@ def compare(request: CompareRequest, say: Say) -> tuple[dict[str, Any], CompareD
         with job.watched():
             job.tune()
             job.train()
+            job.study()
         return job.conclude()
 
 
@@ -148,6 +150,7 @@ class _Comparison:
         self.rows = [Row(name, plan.tuned(name)) for name in plan.matrix.rows]
         self.curves: dict[str, list[tuple[Any, list[Cell]]]] = {}
         self._planned: dict[str, Cell] = {}
+        self.noise: dict[str, Any] | None = None
 
     def open_log(self, config: Config) -> tuple[Prepared, Place]:
         """The prepared log of a configuration, and where its cells find what they share."""
@@ -202,6 +205,13 @@ class _Comparison:
         self.say(f"compare: {len(self.rows)} rows with {seeds} seeds, {len({w.cell.key for w in works})} cells in all")
         self.do(works)
 
+    def study(self) -> None:
+        """Measure attention, where the matrix asks for it and the rows could be trained."""
+        wanted, chosen = self.plan.matrix.noise, {row.name: row.chosen for row in self.rows if row.chosen is not None}
+        if wanted and {wanted.sparse, wanted.dense} <= chosen.keys():
+            noise = NoiseStudy(self.plan, self.folder, self.cells, self.open_log, self.say)
+            self.noise = noise.run(chosen, lambda cell: self.work(cell, True))
+
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Keeps one screen of progress in view for the block, and the clock in the folder."""
@@ -247,12 +257,14 @@ class _Comparison:
             "differences": self._differences(),
             "sensitivity": self._sensitivity(),
             "simple": self._simple(),
+            "noise": self.noise,
             **self._account(),
             "versions": versions(),
             "files": {"report": f"{self.folder.uri}/report.html", "run": self.folder.uri},
         }
         matrix = to_yaml(_with_base(self.plan))
-        data = CompareData(self.plan.matrix.name, self.folder.uri, result, matrix, config_yaml(self.plan.base))
+        more = [section_noise(self.noise)] if self.noise else []
+        data = CompareData(self.plan.matrix.name, self.folder.uri, result, matrix, config_yaml(self.plan.base), more)
         self.folder.write("report.html", render_compare(data).encode())
         self.folder.write_json("compare.json", result)
         return result, data
@@ -324,7 +336,7 @@ class _Comparison:
             told = []
             for value, cells in points:
                 known = [auc for cell in cells if (auc := self._validation(cell)) is not None]
-                told.append({"value": value, "own": cells[0].key in rows, "auc": _spread(known)})
+                told.append({"value": value, "own": cells[0].key in rows, "auc": spread_of(known)})
             out.append({"row": subject.row if subject else "", "path": path, "points": told})
         return out
 
@@ -352,16 +364,7 @@ def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if values else 0.0
 
 
-def _spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, sample standard deviation (None of one value) and the values."""
-    return {
-        "mean": statistics.fmean(values) if values else None,
-        "sd": statistics.stdev(values) if len(values) > 1 else None,
-        "values": list(values),
-    }
-
-
 def _figures(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Spread over seeds of every figure that all of them have."""
     names = [name for name in (parts[0] if parts else {}) if all(p.get(name) is not None for p in parts)]
-    return {name: _spread([float(p[name]) for p in parts]) for name in names}
+    return {name: spread_of([float(p[name]) for p in parts]) for name in names}

@@ -73,7 +73,7 @@ def intervals(parts: Sequence[Interval], label: str) -> Figure:
     return figure
 
 
-def _panels(count: int, height: float) -> tuple[Figure, list[Any]]:
+def panels(count: int, height: float) -> tuple[Figure, list[Any]]:
     """A figure of `count` panels in rows of at most COLUMNS."""
     columns = min(count, COLUMNS)
     rows = -(-count // columns)
@@ -87,7 +87,7 @@ def _panels(count: int, height: float) -> tuple[Figure, list[Any]]:
 @as_svg
 def sensitivity(curves: Sequence[Sensitivity]) -> Figure:
     """A panel a setting: mean over seeds, a band of one standard deviation, a dot a seed, the own value marked."""
-    figure, axes = _panels(len(curves), 2.6)
+    figure, axes = panels(len(curves), 2.6)
     for axis, curve in zip(axes, curves, strict=True):
         x = np.arange(len(curve.values))
         mean, sd = (np.array([f(v) if len(v) else np.nan for v in curve.aucs]) for f in (np.mean, np.std))

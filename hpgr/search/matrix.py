@@ -152,7 +152,7 @@ class Plan:
     matrix: Matrix
     base: Config
 
-    def cell(self, row: str, seed: int, values: Values | None = None, data: Values | None = None) -> Cell:
+    def cell(self, row: str, seed: int, values: Values | None = None, data: dict[str, Any] | None = None) -> Cell:
         """A cell of a row; `data` places other values before the row's own, such as another generated log."""
         values = values or {}
         settings = {**(data or {}), **self.matrix.rows[row], **values, "seed": seed}

@@ -172,7 +172,7 @@ def test_a_finished_comparison_is_not_done_again_and_takes_another_seed(finished
 
 
 def test_a_bad_matrix_is_refused_before_anything_starts(tmp_path: Path) -> None:
-    path = matrix_file(tmp_path, rows={"a": {"model.pgsa.topk": 1}, "b": {"model.width": -1}}, baseline="a")
+    path = matrix_file(tmp_path, rows={"a": {"model.pgsa.topk": 1}, "b": {}}, baseline="a", sensitivity=None)
     done = run(command("--config", path, "--run", "r"), tmp_path)
     assert done.returncode == 2
     assert "did you mean model.pgsa.top_k" in done.stderr
@@ -183,7 +183,7 @@ def test_a_bad_matrix_is_refused_before_anything_starts(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_twice_and_resumed(finished: tuple[Path, str], tmp_path: Path) -> None:
-    """The driver and all its processes die while cells run; the end is the undisturbed one, and no cell trained twice."""
+    """The driver and its processes die while cells run; the end is the undisturbed one, no cell is trained twice."""
     words = command("--config", matrix_file(tmp_path), "--run", "r")
     ended: list[str] = []
     for pause in (1.0, 3.0):
