@@ -189,7 +189,7 @@ def check(space: Space, config: Config) -> None:
         ConfigError: paths that do not exist or may not vary, values out of a key's range, conditions on nothing, and
             starting values that the space does not hold (the search begins with them, so it never ends below them).
     """
-    tree, leaves = dump(config), leaves_of(dump(config))
+    tree, leaves = dump(config), dict(_leaves(dump(config)))
     faults = [fault for path, d in space.parameters.items() for fault in _faults(path, d, space, tree, leaves)]
     if faults:
         raise ConfigError(f"{len(faults)} fault(s) in space {space.name}:\n" + "\n".join(f"  - {f}" for f in faults))
