@@ -165,17 +165,20 @@ def auc(score: Array, label: Array) -> float | None:
 
 def _grouped_auc(score: Reals, clicked: Bools, user: Array) -> Figures:
     """Mean of users' AUC weighted by their impressions, over users with both classes."""
-    none: Figures = {"gauc": None, "users_in_gauc": 0}
+    who, area, rows = user_aucs(score, clicked, user)
+    if not len(who):
+        return {"gauc": None, "users_in_gauc": 0}
+    return {"gauc": float((rows * area).sum()) / int(rows.sum()), "users_in_gauc": len(rows)}
+
+
+def user_aucs(score: Reals, clicked: Bools, user: Array) -> tuple[Array, Reals, Ints]:
+    """Users with both classes in order, the AUC of each, and its number of rows; `clicked` [n] booleans."""
     if not len(score):
-        return none
+        return user[:0], np.zeros(0), np.zeros(0, np.int64)
     wins, positives, negatives = _Ties.of(score, clicked, (user,)).doubled_wins()
     both = (positives > 0) & (negatives > 0)
-    if not both.any():
-        return none
     wins, positives, negatives = wins[both], positives[both], negatives[both]
-    rows = positives + negatives
-    total = float((rows * (wins / (2 * positives * negatives))).sum())
-    return {"gauc": total / int(rows.sum()), "users_in_gauc": len(rows)}
+    return np.unique(user)[both], wins / (2 * positives * negatives), positives + negatives
 
 
 def _request_figures(score: Reals, clicked: Bools, user: Array, request: Array) -> Figures:

@@ -85,6 +85,25 @@ def relevance(settings: Synthetic, user_ids: Sequence[str]) -> pa.Table:
     return pa.concat_tables(tables)
 
 
+def planted(settings: Synthetic) -> tuple[pa.Table, pa.Table]:
+    """What the world hides, in the compact form of `relevance`: an engagement matters to an impression if their items
+    are of one category and it is not noise.
+
+    Returns:
+        every item's item_id and category; every engagement's user_id, timestamp (unique within a user) and is_noise.
+    """
+    world = _world(settings)
+    items = pa.table({"item_id": _ids("i", np.arange(settings.items), 5), "category": world.category})
+    tables = []
+    for index in range(-(-settings.users // CHUNK_USERS)):
+        chunk = _chunk(settings, world, index)
+        events = chunk.events
+        columns = [_ids("u", chunk.first + events.user, 6), events.time, events.noise]
+        table = pa.table(columns, ["user_id", "timestamp", "is_noise"])
+        tables.append(table.filter(pa.array(events.user < chunk.users)))
+    return items, pa.concat_tables(tables)
+
+
 @dataclass(frozen=True)
 class World:
     """Items and their hidden traits, the same for all users."""

@@ -66,7 +66,7 @@ def reserved(config: Config) -> dict[str, float]:
 def trial(settings: dict[str, Any], place: Place) -> None:
     """Tune's function. A user's or numerical error ends the trial alone; anything else is tried again by Tune."""
     quieten()
-    run = _run(validate(settings["config"]), Folder(settings["folder"]), settings["stage1"], place)
+    run = run_of(validate(settings["config"]), Folder(settings["folder"]), settings["stage1"], place)
     start = time.monotonic()
 
     def report(told: dict[str, Any]) -> None:
@@ -88,8 +88,8 @@ def trial(settings: dict[str, Any], place: Place) -> None:
     })  # fmt: skip
 
 
-def _run(config: Config, folder: Folder, stage1: str, place: Place) -> Run:
-    """The trial's run; windows are shared by trials that cut alike."""
+def run_of(config: Config, folder: Folder, stage1: str, place: Place) -> Run:
+    """The run of a trial or a cell; windows are shared by those that cut alike."""
     prepared = Prepared.open(Folder(place.prepared))
     run = Run(config, folder, prepared, Folder(place.stage1).sub(stage1) if stage1 else None, index_of(config, place))
     for name in INDEXES:

@@ -222,6 +222,11 @@ def _faults(
     return faults + [f"{path}: when.{p} must stand above it in the space" for p in late]
 
 
+def leaves_of(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a configuration's plain data by dotted path."""
+    return dict(_leaves(tree))
+
+
 def _leaves(node: Any, path: str = "") -> list[tuple[str, Any]]:
     if not isinstance(node, dict):
         return [(path, node)]

@@ -16,7 +16,8 @@ from hpgr.config import Config, Section, dump, load_config, to_yaml, validate
 from hpgr.config.reading import inner_section
 from hpgr.errors import ConfigError, HpgrError
 
-CONFIGS = sorted((Path(__file__).resolve().parents[2] / "jobs" / "configs").glob("*.yaml"))
+FOLDER = Path(__file__).resolve().parents[2] / "jobs" / "configs"
+CONFIGS = sorted(path for path in FOLDER.glob("*.yaml") if not path.name.startswith("compare-"))
 
 
 def faults(raw: Any = None, overrides: list[str] | None = None, path: Path | None = None) -> list[str]:

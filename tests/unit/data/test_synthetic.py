@@ -18,7 +18,7 @@ from sklearn.metrics import roc_auc_score
 
 from hpgr.config import Synthetic
 from hpgr.data import synthetic
-from hpgr.data.synthetic import CHUNK_USERS, HOUR, MAX_GAP, START, relevance, write_log
+from hpgr.data.synthetic import CHUNK_USERS, HOUR, MAX_GAP, START, planted, relevance, write_log
 from hpgr.errors import ConfigError, DataError
 
 LOCAL = fs.LocalFileSystem()
@@ -257,3 +257,19 @@ def test_impossible_worlds_are_refused_before_anything_is_written(tmp_path: Path
 def test_unknown_users_are_refused(user_id: str) -> None:
     with pytest.raises(DataError, match="expected u000000 to u000004"):
         relevance(Synthetic(users=5), [user_id])
+
+
+def test_what_is_planted_is_what_relevance_weighs() -> None:
+    """The compact form says the same of every pair: relevant if of one category and not noise."""
+    settings = Synthetic(users=CHUNK_USERS + 20)
+    items, events = (t.to_pandas() for t in planted(settings))
+    assert len(items) == items.item_id.nunique() == settings.items
+    assert not events.duplicated(["user_id", "timestamp"]).any()
+    assert events.user_id.nunique() == settings.users
+    pairs = relevance(settings, ["u000003", "u000100", f"u{CHUNK_USERS + 5:06d}"]).to_pandas()
+    category = items.set_index("item_id").category
+    known = pairs.merge(events, left_on=["user_id", "past_timestamp"], right_on=["user_id", "timestamp"])
+    assert len(known) == len(pairs) > 1000
+    same = category[known.item_id].to_numpy() == category[known.past_item_id].to_numpy()
+    assert ((known.weight > 0) == (same & ~known.is_noise_y)).all()
+    assert (known.is_noise_x == known.is_noise_y).all()

@@ -1,0 +1,317 @@
+"""What a comparison runs: named rows of settings x seeds, a tuning budget equal for all, curves of sensitivity; checked
+before anything starts."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from hpgr.artifacts import Folder, absolute, fingerprint
+from hpgr.config import Config, Count, Natural, Section, dump, load_config, override, validate
+from hpgr.errors import ArtifactError, ConfigError
+from hpgr.search.space import FIXED, Scalar, leaves_of, placed, value_at
+
+Values = dict[str, Scalar]
+"""Settings by dotted configuration path."""
+Name = Annotated[str, Field(min_length=1, max_length=40)]
+AFFECT_NOTHING = ("name", "resources", "checkpoints")
+"""Sections that change no result, so cells that differ in them alone are one."""
+
+
+class Tuning(Section):
+    """Settings that every row tries, one seed each, before it is compared: validation AUC chooses."""
+
+    parameters: dict[str, Annotated[list[Scalar], Field(min_length=1)]] = Field(default_factory=dict)
+    """Values to try by path. Nothing: rows are compared as they stand."""
+    draws: Count = 4
+    """Settings that a row tries, its own always among them; the others are drawn from the grid of all values, the same
+    ones for all rows."""
+    seed: Natural = 0
+    """Of the draw."""
+
+
+class Curves(Section):
+    """Validation AUC of a row over each of some settings, all others as the row has them."""
+
+    row: Name
+    over: Annotated[dict[str, Annotated[list[Scalar], Field(min_length=1)]], Field(min_length=1)]
+    """Values by path; the row's own value is always a point."""
+
+
+class Bootstrap(Section):
+    draws: Annotated[int, Field(ge=100)] = 2000
+    seed: Natural = 0
+
+
+class Noise(Section):
+    """How much attention goes to events that do not matter: two rows, one dense and one that attends to anchors alone.
+
+    On the generated log, where it is known what matters, for each share of noise planted there; on any log, how many of
+    the anchors are among the events that the dense row attends to most.
+    """
+
+    sparse: Name
+    dense: Name
+    planted: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default_factory=list)
+    """Values of data.synthetic.noise, each a log of its own."""
+
+
+class Learnt(Section):
+    """Pictures of what a row has learnt: a map of its item vectors after stage 1, neighbours of some items, and the
+    attention of one user's impressions."""
+
+    row: Name
+    items: str | None = None
+    """Parquet file that tells about items; null: what the generated log knows, else nothing."""
+    id: str = "item_id"
+    """Its columns: the item's id in the log,"""
+    title: str | None = None
+    """its name, null: the id,"""
+    group: str | None = None
+    """and its kind, which colours the map; of `a|b|c` the first."""
+    neighbours: Annotated[int, Field(ge=1, le=20)] = 5
+    projection: Literal["auto", "umap", "pca"] = "auto"
+    """How the map is laid out. auto: umap where its package is installed (extra `maps`), else pca; the report says
+    which."""
+
+
+class Matrix(Section):
+    name: Name = "compare"
+    base: str | dict[str, Any] = Field(default_factory=dict)
+    """Configuration that all rows start from: a file beside this one, or the keys themselves."""
+    seeds: Annotated[list[Natural], Field(min_length=1)] = Field(default_factory=lambda: [0, 1, 2])
+    rows: Annotated[dict[Name, Values], Field(min_length=1)]
+    """Models and ablations: what each changes of `base`."""
+    baseline: Name | list[Name] = Field(default_factory=list)
+    """Rows that every other one is compared with; nothing: the first row."""
+    tuning: Tuning = Tuning()
+    sensitivity: Curves | None = None
+    bootstrap: Bootstrap = Bootstrap()
+    noise: Noise | None = None
+    learnt: Learnt | None = None
+    concurrency: Count | None = None
+    """Most cells at once; null: as many as the cluster, fully scaled up, has room for."""
+
+    @property
+    def baselines(self) -> list[str]:
+        given = [self.baseline] if isinstance(self.baseline, str) else self.baseline
+        return given or [next(iter(self.rows))]
+
+    @model_validator(mode="after")
+    def _refers_to_rows(self) -> Matrix:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: got {self.seeds}, expected different ones")
+        named = [("baseline", name) for name in self.baselines]
+        for key in ("sensitivity", "learnt"):
+            named += [(f"{key}.row", getattr(self, key).row)] if getattr(self, key) else []
+        if self.noise:
+            named += [("noise.sparse", self.noise.sparse), ("noise.dense", self.noise.dense)]
+        for key, name in named:
+            if name not in self.rows:
+                near = difflib.get_close_matches(name, self.rows, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"rows: {', '.join(self.rows)}"
+                raise ValueError(f"{key}: there is no row {name!r}; {hint}")
+        return self
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training: a row of the matrix with settings of its own and a seed. `key` tells what it computes."""
+
+    row: str
+    values: Values
+    """What is changed beside the row's own settings: by tuning, or by a curve."""
+    config: Config
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+    @property
+    def key(self) -> str:
+        return fingerprint({k: v for k, v in dump(self.config).items() if k not in AFFECT_NOTHING})
+
+    @property
+    def label(self) -> str:
+        changed = " ".join(f"{path.rpartition('.')[2]}={value}" for path, value in self.values.items())
+        return " ".join(filter(None, [self.row, changed, f"seed {self.seed}"]))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A matrix beside the configuration that its rows start from."""
+
+    matrix: Matrix
+    base: Config
+
+    def cell(self, row: str, seed: int, values: Values | None = None, data: dict[str, Any] | None = None) -> Cell:
+        """A cell of a row; `data` places other values before the row's own, such as another generated log."""
+        values = values or {}
+        settings = {**(data or {}), **self.matrix.rows[row], **values, "seed": seed}
+        return Cell(row, values, validate(placed(dump(self.base), settings)))
+
+    def tuned(self, row: str) -> list[Cell]:
+        """What a row tries, its own settings first; all with the first seed."""
+        cells: dict[str, Cell] = {}
+        for values in [{}, *self._draws()]:
+            cell = self.cell(row, self.matrix.seeds[0], values)
+            cells.setdefault(cell.key, cell)
+        return list(cells.values())
+
+    def _draws(self) -> list[Values]:
+        """Settings that all rows try, no more than the budget leaves beside a row's own."""
+        tuning = self.matrix.tuning
+        if not tuning.parameters:
+            return []
+        points = itertools.product(*tuning.parameters.values())
+        grid = [dict(zip(tuning.parameters, point, strict=True)) for point in points]
+        own = {path: value_at(dump(self.base), path) for path in tuning.parameters}
+        others = [point for point in grid if point != own]
+        order = np.random.default_rng(tuning.seed).permutation(len(others))
+        return [others[i] for i in sorted(order[: tuning.draws - 1])]
+
+    def curves(self, chosen: Values) -> dict[str, list[tuple[Scalar, list[Cell]]]]:
+        """Cells of each curve by path: (value, a cell a seed), in the order of values; the row has `chosen` values."""
+        curves = self.matrix.sensitivity
+        if curves is None:
+            return {}
+        out = {}
+        for path, values in curves.over.items():
+            own = value_at(dump(self.cell(curves.row, 0, chosen).config), path)
+            points = values if any(_same(v, own) for v in values) else [*values, own]
+            out[path] = [
+                (value, [self.cell(curves.row, seed, {**chosen, path: value}) for seed in self.matrix.seeds])
+                for value in sorted(points, key=_order)
+            ]
+        return out
+
+
+def _same(a: Scalar, b: Scalar) -> bool:
+    return isinstance(a, bool) == isinstance(b, bool) and a == b
+
+
+def _order(value: Scalar) -> tuple[int, float, str]:
+    """Numbers by size, then all else by its text (null last)."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return 0, float(value), ""
+    return (2 if value is None else 1), 0.0, str(value)
+
+
+def load_matrix(path: str | Path, overrides: Sequence[str] = (), of_matrix: Sequence[str] = ()) -> Plan:
+    """Read a matrix and its base; `overrides` change the base (`a.b=c`), `of_matrix` the matrix itself.
+
+    Raises:
+        ConfigError: every fault of the matrix, or of its rows, with its path.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read matrix {path}: {error}; give a file of jobs/configs such as "
+                          "compare-smoke.yaml") from None  # fmt: skip
+    except yaml.YAMLError as error:
+        raise ConfigError(f"matrix {path} is not YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"matrix {path}: got a {type(raw).__name__}, expected a mapping")
+    faults = [fault for text in of_matrix if (fault := override(raw, text))]
+    return resolve(parse_matrix(raw, faults), overrides, Path(path).parent)
+
+
+def parse_matrix(raw: Mapping[str, Any], faults: Sequence[str] = ()) -> Matrix:
+    """Build a matrix from plain data; raises ConfigError with one line a fault."""
+    matrix: Matrix | None = None
+    try:
+        matrix = Matrix.model_validate(raw)
+    except ValidationError as error:
+        found = [(".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors()]
+        faults = [*faults, *(f"{path}: {message}" if path else message for path, message in found)]
+    if faults or matrix is None:
+        raise ConfigError(f"{len(faults)} fault(s) in the matrix:\n" + "\n".join(f"  - {f}" for f in faults))
+    return matrix
+
+
+def resolve(matrix: Matrix, overrides: Sequence[str] = (), folder: Path = Path()) -> Plan:
+    """The plan of a matrix, all of whose cells are valid. A base file is looked for in `folder`.
+
+    Raises:
+        ConfigError: a row, a value to try or a point of a curve does not fit the configuration.
+    """
+    if isinstance(matrix.base, str):
+        base = load_config(folder / matrix.base, overrides)
+    else:
+        raw = placed(matrix.base, {})
+        faults = [fault for text in overrides if (fault := override(raw, text))]
+        base = validate(raw, faults)
+    plan = Plan(matrix, base)
+    faults = list(dict.fromkeys(_faults(plan)))
+    if faults:
+        raise ConfigError(f"{len(faults)} fault(s) in matrix {matrix.name}:\n" + "\n".join(f"  - {f}" for f in faults))
+    return plan
+
+
+def _faults(plan: Plan) -> Iterator[str]:
+    matrix, known = plan.matrix, leaves_of(dump(plan.base))
+    places = [(f"rows.{row}", values) for row, values in matrix.rows.items()]
+    places.append(("tuning.parameters", dict.fromkeys(matrix.tuning.parameters)))
+    if matrix.sensitivity:
+        places.append(("sensitivity.over", dict.fromkeys(matrix.sensitivity.over)))
+    unknown = [fault for place, values in places for path in values if (fault := _path_fault(place, path, known))]
+    yield from unknown
+    if not dump(plan.base)["stage2"].get("enabled", True):
+        yield "base: stage2.enabled is false, but rows are compared by their clicks"
+    if matrix.noise and matrix.noise.planted and plan.base.data.path is not None:
+        yield "noise.planted: noise can be planted in the generated log alone, and base.data.path names another"
+    if not unknown:
+        yield from _value_faults(plan)
+
+
+def _path_fault(place: str, path: str, known: Mapping[str, Any]) -> str | None:
+    if path not in known:
+        near = difflib.get_close_matches(path, known, n=1)
+        return f"{place}.{path}: no such key of the configuration" + (f"; did you mean {near[0]}?" if near else "")
+    if path.partition(".")[0] in FIXED:
+        return f"{place}.{path}: all rows share the prepared log, seeds and measure; set it in base, or by --set"
+    return None
+
+
+def _value_faults(plan: Plan) -> Iterator[str]:
+    """Faults of every cell that may come to be, by where its values stand."""
+    matrix = plan.matrix
+    tries: list[tuple[str, str, Values]] = [(f"rows.{row}", row, {}) for row in matrix.rows]
+    tries += [(f"rows.{row} with tuning", row, values) for row in matrix.rows for values in plan._draws()]
+    if matrix.sensitivity:
+        row = matrix.sensitivity.row
+        tries += [(f"sensitivity.over.{p}", row, {p: v}) for p, vs in matrix.sensitivity.over.items() for v in vs]
+    for place, row, values in tries:
+        try:
+            plan.cell(row, matrix.seeds[0], values)
+        except ConfigError as error:
+            for line in str(error).splitlines()[1:]:
+                yield f"{place}: {line.removeprefix('  - ')}"
+
+
+def to_yaml(matrix: Matrix) -> str:
+    """The matrix as YAML that `parse_matrix` reads back."""
+    return yaml.safe_dump(matrix.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True)
+
+
+def stored_plan(run: str, overrides: Sequence[str], of_matrix: Sequence[str]) -> Plan:
+    """The plan of a comparison that goes on, changed by overrides.
+
+    Raises:
+        ArtifactError: there is no comparison in the folder.
+    """
+    folder = Folder(absolute(run))
+    if not folder.exists("matrix.yaml"):
+        raise ArtifactError(f"--resume: there is no comparison in {folder.uri}; give --config to start one there")
+    raw = yaml.safe_load(folder.read("matrix.yaml"))
+    faults = [fault for text in of_matrix if (fault := override(raw, text))]
+    base = yaml.safe_load(folder.read("config.yaml"))
+    return resolve(parse_matrix(raw | {"base": base}, faults), overrides)
