@@ -1,6 +1,6 @@
 """Where attention goes: its mass on events that do not matter, and whether PGSA's anchors are dense attention's choice.
 
-A candidate's shares are those of `HstuClick.read`, mean over heads and layers; its own share is left out, so that the
+A candidate's shares are those of `ClickModel.read`, mean over heads and layers; its own share is left out, so that the
 mass on its history is 1. Sums are kept by history length, so parts of the data add up.
 
 Shapes: B rows, M candidates, N history events, I candidates that count, L bins of history length.
@@ -21,7 +21,7 @@ from hpgr.config import Synthetic
 from hpgr.data.preparation import Prepared
 from hpgr.data.stream import Step
 from hpgr.data.synthetic import planted
-from hpgr.model.hpgr import HstuClick
+from hpgr.model.base import ClickModel
 from hpgr.model.inputs import Inputs, pad, unpad
 from hpgr.model.pgsa import visible_mask
 from hpgr.schema import SECOND, Array, Batch, Ints
@@ -75,7 +75,7 @@ def _event_key(user: pa.Array, time: Array) -> Ints:
     return number * (1 << 36) + np.asarray(time, np.int64) // SECOND
 
 
-def shares(model: HstuClick, x: Inputs) -> Tensor:
+def shares(model: ClickModel, x: Inputs) -> Tensor:
     """Share of each visible event in each candidate's attention to its history: [B, M, N], 1 in sum (0 without any)."""
     layers: list[Tensor] = []
     with torch.no_grad():
@@ -84,7 +84,9 @@ def shares(model: HstuClick, x: Inputs) -> Tensor:
     return mean / mean.sum(-1, keepdim=True).clamp(min=1e-12)
 
 
-def irrelevant_mass(models: Mapping[str, HstuClick], steps: Iterable[Step], truth: Truth, device: torch.device) -> Sums:
+def irrelevant_mass(
+    models: Mapping[str, ClickModel], steps: Iterable[Step], truth: Truth, device: torch.device
+) -> Sums:
     """Mass of attention on events that do not matter, of each model, and `uniform`: what attention to all alike has.
 
     Only candidates with an event that matters count: without one, all mass is on others whatever the model does.
@@ -103,7 +105,7 @@ def irrelevant_mass(models: Mapping[str, HstuClick], steps: Iterable[Step], trut
     return _summed(parts)
 
 
-def anchor_overlap(sparse: HstuClick, dense: HstuClick, steps: Iterable[Step], device: torch.device) -> Sums:
+def anchor_overlap(sparse: ClickModel, dense: ClickModel, steps: Iterable[Step], device: torch.device) -> Sums:
     """How much of PGSA's choice dense attention shares: `overlap`, the part of the K anchors among the K events that
     the dense model attends to most; `mass`, the dense model's attention on the anchors; `chance`, both of K random
     events. Only candidates with more than K visible events count: others have no choice."""
