@@ -66,7 +66,8 @@ def holder(folder: Folder) -> subprocess.Popen[str]:
 
 
 def claims(folder: Folder) -> list[str]:
-    return [name for name in folder.entries() if name.startswith("lock-")]
+    """Claims as locks see them: a heartbeat's file that is still being written is none."""
+    return [name for name in folder.entries() if name.startswith("lock-") and name.endswith(".json")]
 
 
 def test_a_second_job_is_refused_with_the_name_of_the_first(folder: Folder) -> None:
