@@ -23,8 +23,10 @@ from hpgr.config import to_yaml as config_yaml
 from hpgr.data.preparation import Prepared
 from hpgr.data.stream import build_index
 from hpgr.errors import ArtifactError, ConfigError, HpgrError, TrainingError
+from hpgr.locks import held
 from hpgr.metrics import ClickScores
 from hpgr.on_ray.cells import Cells, Done, Work
+from hpgr.on_ray.learnt import learn, names_of
 from hpgr.on_ray.noise import NoiseStudy
 from hpgr.on_ray.parallel import RayExecute
 from hpgr.on_ray.pipeline import Say, prepared_log, versions
@@ -32,6 +34,7 @@ from hpgr.on_ray.searcher import Clock
 from hpgr.on_ray.session import most_cpus, session
 from hpgr.on_ray.trials import Place, demand, index_of
 from hpgr.report.compare import CompareData, board, render_compare
+from hpgr.report.learnt import Shown, section_learnt
 from hpgr.report.noise import section_noise
 from hpgr.search.matrix import Cell, Matrix, Plan, Values, to_yaml
 from hpgr.training.two_stage import INDEXES, stage_key
@@ -56,8 +59,13 @@ def compare(request: CompareRequest, say: Say) -> tuple[dict[str, Any], CompareD
     """Run, or go on with, a comparison; returns compare.json and what its report shows.
 
     Raises:
-        HpgrError: the cluster can never run a cell, or no row could be trained.
+        HpgrError: the cluster can never run a cell, no row could be trained, or another job works on the folder.
     """
+    with held(Folder(absolute(request.run)), "jobs/compare.py", say):
+        return _compare(request, say)
+
+
+def _compare(request: CompareRequest, say: Say) -> tuple[dict[str, Any], CompareData]:
     plan, folder = open_comparison(request)
     with session(say):
         job = _Comparison(plan, folder, say)
@@ -151,6 +159,8 @@ class _Comparison:
         self.curves: dict[str, list[tuple[Any, list[Cell]]]] = {}
         self._planned: dict[str, Cell] = {}
         self.noise: dict[str, Any] | None = None
+        self.names = names_of(plan.matrix.learnt, plan.base) if plan.matrix.learnt else None
+        self.shown: Shown | None = None
 
     def open_log(self, config: Config) -> tuple[Prepared, Place]:
         """The prepared log of a configuration, and where its cells find what they share."""
@@ -206,11 +216,17 @@ class _Comparison:
         self.do(works)
 
     def study(self) -> None:
-        """Measure attention, where the matrix asks for it and the rows could be trained."""
+        """Measure attention, and show what was learnt, where the matrix asks for it and its rows could be trained."""
         wanted, chosen = self.plan.matrix.noise, {row.name: row.chosen for row in self.rows if row.chosen is not None}
         if wanted and {wanted.sparse, wanted.dense} <= chosen.keys():
             noise = NoiseStudy(self.plan, self.folder, self.cells, self.open_log, self.say)
             self.noise = noise.run(chosen, lambda cell: self.work(cell, True))
+        learnt = self.plan.matrix.learnt
+        row = next((row for row in self.rows if learnt and row.name == learnt.row and self.tested(row)), None)
+        if learnt and self.names and row:
+            cell = next(cell for cell in row.cells if cell.seed in self.tested(row))
+            self.say(f"learnt: item vectors, neighbours and attention of {cell.label}")
+            self.shown = learn(learnt, self.names, self.cells.run(self.work(cell, True)))
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -258,12 +274,14 @@ class _Comparison:
             "sensitivity": self._sensitivity(),
             "simple": self._simple(),
             "noise": self.noise,
+            "learnt": self.shown.plain() if self.shown else None,
             **self._account(),
             "versions": versions(),
             "files": {"report": f"{self.folder.uri}/report.html", "run": self.folder.uri},
         }
         matrix = to_yaml(_with_base(self.plan))
         more = [section_noise(self.noise)] if self.noise else []
+        more += [section_learnt(self.shown)] if self.shown else []
         data = CompareData(self.plan.matrix.name, self.folder.uri, result, matrix, config_yaml(self.plan.base), more)
         self.folder.write("report.html", render_compare(data).encode())
         self.folder.write_json("compare.json", result)

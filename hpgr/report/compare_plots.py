@@ -90,7 +90,8 @@ def sensitivity(curves: Sequence[Sensitivity]) -> Figure:
     figure, axes = panels(len(curves), 2.6)
     for axis, curve in zip(axes, curves, strict=True):
         x = np.arange(len(curve.values))
-        mean, sd = (np.array([f(v) if len(v) else np.nan for v in curve.aucs]) for f in (np.mean, np.std))
+        mean = np.array([np.mean(v) for v in curve.aucs])
+        sd = np.array([np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in curve.aucs])
         axis.fill_between(x, mean - sd, mean + sd, color=PALE, alpha=0.7, linewidth=0)
         axis.plot(x, mean, color=BLUE, marker="o", markersize=3.5)
         for place, values in enumerate(curve.aucs):

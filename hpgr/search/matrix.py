@@ -114,12 +114,16 @@ class Matrix(Section):
             named += [(f"{key}.row", getattr(self, key).row)] if getattr(self, key) else []
         if self.noise:
             named += [("noise.sparse", self.noise.sparse), ("noise.dense", self.noise.dense)]
-        for key, name in named:
-            if name not in self.rows:
-                near = difflib.get_close_matches(name, self.rows, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"rows: {', '.join(self.rows)}"
-                raise ValueError(f"{key}: there is no row {name!r}; {hint}")
+        faults = [
+            f"{key}: there is no row {name!r}; {self._near(name)}" for key, name in named if name not in self.rows
+        ]
+        if faults:
+            raise ValueError("; ".join(faults))
         return self
+
+    def _near(self, name: str) -> str:
+        near = difflib.get_close_matches(name, self.rows, n=1)
+        return f"did you mean {near[0]}?" if near else f"rows: {', '.join(self.rows)}"
 
 
 @dataclass(frozen=True)
@@ -264,7 +268,7 @@ def _faults(plan: Plan) -> Iterator[str]:
         places.append(("sensitivity.over", dict.fromkeys(matrix.sensitivity.over)))
     unknown = [fault for place, values in places for path in values if (fault := _path_fault(place, path, known))]
     yield from unknown
-    if not dump(plan.base)["stage2"].get("enabled", True):
+    if not plan.base.stage2.enabled:
         yield "base: stage2.enabled is false, but rows are compared by their clicks"
     if matrix.noise and matrix.noise.planted and plan.base.data.path is not None:
         yield "noise.planted: noise can be planted in the generated log alone, and base.data.path names another"

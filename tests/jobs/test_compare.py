@@ -32,7 +32,7 @@ MATRIX = {
     "name": "tiny",
     "seeds": [0, 1],
     "rows": {
-        "full": {},
+        "full": {"model.pgsa.top_k": 8},
         "dense": {"model.pgsa.enabled": False},
         "alone": {"stage1.enabled": False, "model.pgsa.anchors": "live"},
         "broken": {"model.pgsa.enabled": False, "stage2.optimiser.lr": 1e30, "stage2.optimiser.warmup_steps": 0},
@@ -41,6 +41,8 @@ MATRIX = {
     "tuning": {"parameters": {"model.heads": [1, 2]}, "draws": 2},
     "sensitivity": {"row": "full", "over": {"model.pgsa.top_k": [4]}},
     "bootstrap": {"draws": 200},
+    "noise": {"sparse": "full", "dense": "dense"},
+    "learnt": {"row": "full", "projection": "pca"},
 }
 
 
@@ -140,9 +142,25 @@ def test_a_row_that_fails_by_numerics_is_marked_and_ends_nothing(finished: tuple
 def test_the_curve_has_its_points_and_the_rows_own(finished: tuple[Path, str]) -> None:
     (curve,) = result(finished[0])["sensitivity"]
     assert curve["path"] == "model.pgsa.top_k"
-    assert [(p["value"], p["own"], len(p["auc"]["values"])) for p in curve["points"]] == [(4, False, 2), (32, True, 2)]
+    assert [(p["value"], p["own"], len(p["auc"]["values"])) for p in curve["points"]] == [(4, False, 2), (8, True, 2)]
     full = result(finished[0])["models"][0]
     assert curve["points"][1]["auc"]["values"] == full["validation"]["auc"]["values"]
+
+
+def test_attention_is_measured_and_what_was_learnt_is_shown(finished: tuple[Path, str]) -> None:
+    found = result(finished[0])
+    overlap = found["noise"]["overlap"]
+    assert overlap["k"] == 8
+    assert overlap["candidates"] > 50
+    for name in ("overlap", "mass", "chance"):
+        assert len(overlap[name]["values"]) == 2
+        assert 0 < overlap[name]["mean"] < 1
+    assert found["learnt"]["projection"] == "pca"
+    assert all(n["kind"].startswith("category ") and len(n["near"]) == 5 for n in found["learnt"]["neighbours"])
+    assert len({n["kind"] for n in found["learnt"]["neighbours"]}) == 6
+    page = (finished[0] / "report.html").read_text()
+    assert "Items after stage 1" in page
+    assert "Anchors and dense attention" in page
 
 
 def test_report_and_summary(finished: tuple[Path, str]) -> None:
@@ -153,14 +171,19 @@ def test_report_and_summary(finished: tuple[Path, str]) -> None:
     assert any("--resume" in line for line in summary)
 
 
-def test_a_finished_comparison_is_not_done_again_and_takes_another_seed(finished: tuple[Path, str]) -> None:
-    cwd, before = finished[0].parent, result(finished[0])
+def test_a_finished_comparison_is_not_done_again_nor_changed_below_its_rows(finished: tuple[Path, str]) -> None:
+    cwd = finished[0].parent
     refused = run(command("--config", "matrix.yaml", "--run", "r"), cwd)
     assert refused.returncode == 2
     assert "already holds a comparison" in refused.stderr
     changed = run(command("--run", "r", "--resume", "--set", "stage2.epochs=3"), cwd)
     assert changed.returncode == 2
     assert "stage2 differ" in changed.stderr
+
+
+@pytest.mark.slow
+def test_a_finished_comparison_takes_another_seed(finished: tuple[Path, str]) -> None:
+    cwd, before = finished[0].parent, result(finished[0])
     again = run(command("--run", "r", "--resume", "--set", "compare.seeds=[0, 1, 2]"), cwd)
     assert again.returncode == 0, again.stderr
     after = result(finished[0])
@@ -172,13 +195,31 @@ def test_a_finished_comparison_is_not_done_again_and_takes_another_seed(finished
 
 
 def test_a_bad_matrix_is_refused_before_anything_starts(tmp_path: Path) -> None:
-    path = matrix_file(tmp_path, rows={"a": {"model.pgsa.topk": 1}, "b": {}}, baseline="a", sensitivity=None)
+    path = matrix_file(tmp_path, rows={"a": {"model.pgsa.topk": 1}, "b": {}}, baseline="a", sensitivity=None, noise=None,
+                       learnt=None)  # fmt: skip
     done = run(command("--config", path, "--run", "r"), tmp_path)
     assert done.returncode == 2
     assert "did you mean model.pgsa.top_k" in done.stderr
     assert "Traceback" not in done.stderr
     assert "ray:" not in done.stdout
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.slow
+def test_noise_is_planted_and_measured(tmp_path: Path) -> None:
+    """More planted noise, more attention on it; sparse attention of one anchor has less of it than all alike."""
+    planted = {"sparse": "full", "dense": "dense", "planted": [0.1, 0.7]}
+    rows = {"full": {"model.pgsa.top_k": 1, "model.pgsa.sigma": 0.0}, "dense": {"model.pgsa.enabled": False}}
+    more = {"rows": rows, "noise": planted, "tuning": {}, "sensitivity": None, "seeds": [0], "learnt": None}
+    done = run(command("--config", matrix_file(tmp_path, **more), "--run", "r", "--set", "stage1.epochs=20"), tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    low, high = result(tmp_path / "r")["noise"]["planted"]
+    assert (low["noise"], high["noise"]) == (0.1, 0.7)
+    for level in (low, high):
+        assert level["sparse"]["mean"] < level["uniform"]["mean"] - 0.05
+        assert level["cut"]["values"][0] == pytest.approx(1 - level["sparse"]["mean"] / level["dense"]["mean"])
+    assert high["uniform"]["mean"] > low["uniform"]["mean"] + 0.1
+    assert "cuts the mass on irrelevant events" in (tmp_path / "r/report.html").read_text()
 
 
 @pytest.mark.slow
