@@ -195,8 +195,8 @@ def test_a_finished_comparison_takes_another_seed(finished: tuple[Path, str]) ->
 
 
 def test_a_bad_matrix_is_refused_before_anything_starts(tmp_path: Path) -> None:
-    path = matrix_file(tmp_path, rows={"a": {"model.pgsa.topk": 1}, "b": {}}, baseline="a", sensitivity=None, noise=None,
-                       learnt=None)  # fmt: skip
+    rows = {"a": {"model.pgsa.topk": 1}, "b": {}}
+    path = matrix_file(tmp_path, rows=rows, baseline="a", sensitivity=None, noise=None, learnt=None)
     done = run(command("--config", path, "--run", "r"), tmp_path)
     assert done.returncode == 2
     assert "did you mean model.pgsa.top_k" in done.stderr
