@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,12 @@ from hpgr.artifacts import FORMAT, Folder, absolute, check_format
 from hpgr.bootstrap import METRICS, resample, spread_of
 from hpgr.config import Config, dump
 from hpgr.config import to_yaml as config_yaml
+from hpgr.data.click_tables import count_clicks, score_test
 from hpgr.data.preparation import Prepared
 from hpgr.data.stream import build_index
 from hpgr.errors import ArtifactError, ConfigError, HpgrError, TrainingError
 from hpgr.locks import held
-from hpgr.metrics import ClickScores
+from hpgr.metrics import ClickScores, auc
 from hpgr.on_ray.cells import Cells, Done, Work
 from hpgr.on_ray.learnt import learn, names_of
 from hpgr.on_ray.noise import NoiseStudy
@@ -265,14 +267,16 @@ class _Comparison:
         if not any(m["test"] for m in models):
             errors = [f["error"] for m in models for f in m["failed"]]
             raise TrainingError(f"no row could be trained and tested; the first failed with: {(errors or ['-'])[0]}")
+        tables = self._tables()
         result = {
             "name": self.plan.matrix.name,
             "seeds": self.plan.matrix.seeds,
             "baseline": self.plan.matrix.baselines,
             "models": models,
-            "differences": self._differences(),
+            "differences": self._differences(tables),
             "sensitivity": self._sensitivity(),
-            "simple": self._simple(),
+            "simple": self._simple() | {name: auc(scored.score, scored.label) for name, scored in tables.items()},
+            "tables": list(tables),
             "noise": self.noise,
             "learnt": self.shown.plain() if self.shown else None,
             **self._account(),
@@ -325,14 +329,30 @@ class _Comparison:
             "failed": failed,
         }
 
-    def _differences(self) -> list[dict[str, Any]]:
+    def _tables(self) -> dict[str, ClickScores]:
+        """Test scores of the scorers without a model, by name."""
+        out = {}
+        for features in self.plan.matrix.tables:
+            buckets = range(self.prepared.buckets)
+            known: dict[str, Any] = {"prepared": self.prepared, "features": features}
+            counts = list(self.execute("table: count", partial(count_clicks, **known), buckets))
+            rates = sum(counts[1:], counts[0]).rates()
+            parts = self.execute("table: score", partial(score_test, **known, rates=rates), buckets)
+            out[f"table of {', '.join([*features, 'engaged before'])}"] = ClickScores.merge(
+                [ClickScores(*p) for p in parts]
+            )
+        return out
+
+    def _differences(self, tables: dict[str, ClickScores]) -> list[dict[str, Any]]:
+        """Of every row to each baseline and each table, which is the same for all seeds."""
         matrix, scores = self.plan.matrix, {}
         for row in self.rows:
             tested = self.tested(row)
             scores[row.name] = {c.seed: self._scores(c) for c in row.cells if c.seed in tested}
+        scores |= {name: dict.fromkeys(matrix.seeds, scored) for name, scored in tables.items()}
         found = resample(scores, matrix.bootstrap.draws, matrix.bootstrap.seed)
         out = []
-        for baseline in matrix.baselines:
+        for baseline in (*matrix.baselines, *tables):
             for row in self.rows:
                 for metric in METRICS:
                     gap = found.difference(row.name, baseline, metric) if row.name != baseline else None

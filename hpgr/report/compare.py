@@ -118,7 +118,7 @@ def _section_table(data: CompareData) -> Section:
     if not compared:
         return Section(key, title, [Text("No row has been tested.")])
     shown = {k: n for k, n in CLICK_METRICS.items() if any(k in part(m, "test") for m in compared)}
-    baselines = list(data.result.get("baseline", ()))
+    baselines = [*data.result.get("baseline", ()), *data.result.get("tables", ())]
     head = ["row", *shown.values(), *(f"AUC less {b}, 95 %" for b in baselines), "seeds"]
     rows = [
         [

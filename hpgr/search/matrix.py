@@ -92,6 +92,9 @@ class Matrix(Section):
     """Models and ablations: what each changes of `base`."""
     baseline: Name | list[Name] = Field(default_factory=list)
     """Rows that every other one is compared with; nothing: the first row."""
+    tables: list[list[str]] = Field(default_factory=list)
+    """Scorers without a model that every row is compared with, too: tables of training-time click rates by these
+    categorical features of impressions, and by whether the user engaged with the item before."""
     tuning: Tuning = Tuning()
     sensitivity: Curves | None = None
     bootstrap: Bootstrap = Bootstrap()
@@ -270,6 +273,9 @@ def _faults(plan: Plan) -> Iterator[str]:
     yield from unknown
     if not plan.base.stage2.enabled:
         yield "base: stage2.enabled is false, but rows are compared by their clicks"
+    shown = [f.name for f in plan.base.data.features if f.kind == "categorical" and f.role != "event"]
+    for feature in sorted({name for table in matrix.tables for name in table} - set(shown)):
+        yield f"tables: {feature} is no categorical feature of impressions; there are: {', '.join(shown) or 'none'}"
     if matrix.noise and matrix.noise.planted and plan.base.data.path is not None:
         yield "noise.planted: noise can be planted in the generated log alone, and base.data.path names another"
     if not unknown:

@@ -38,6 +38,7 @@ MATRIX = {
         "broken": {"model.pgsa.enabled": False, "stage2.optimiser.lr": 1e30, "stage2.optimiser.warmup_steps": 0},
     },
     "baseline": ["dense"],
+    "tables": [["slot"]],
     "tuning": {"parameters": {"model.heads": [1, 2]}, "draws": 2},
     "sensitivity": {"row": "full", "over": {"model.pgsa.top_k": [4]}},
     "bootstrap": {"draws": 200},
@@ -97,8 +98,15 @@ def test_compare_json_keeps_its_promise(finished: tuple[Path, str]) -> None:
         best = max(tried, key=lambda t: t["auc"])
         assert models[name]["tuned"]["values"] == best["values"]
         assert models[name]["validation"]["auc"]["values"][0] == best["auc"]
-    gaps = {(d["model"], d["metric"]): d for d in found["differences"]}
+    gaps = {(d["model"], d["metric"]): d for d in found["differences"] if d["baseline"] == "dense"}
     assert {name for name, _ in gaps} == {"full", "alone"}
+    table = [
+        d for d in found["differences"] if d["baseline"] == "table of slot, engaged before" and d["metric"] == "auc"
+    ]
+    assert {d["model"] for d in table} == {"full", "dense", "alone"}
+    simple = found["simple"]["table of slot, engaged before"]
+    for d in table:
+        assert d["mean"] == pytest.approx(models[d["model"]]["test"]["auc"]["mean"] - simple)
     gap = gaps["full", "auc"]
     assert gap["mean"] == pytest.approx(models["full"]["test"]["auc"]["mean"] - models["dense"]["test"]["auc"]["mean"])
     assert gap["low"] <= gap["mean"] <= gap["high"]

@@ -150,6 +150,7 @@ def test_values_that_no_cell_may_have_are_faults_of_their_place() -> None:
         ({"noise": {"sparse": "full", "dense": "dense", "planted": [0.5]},
           "base": {"data": {"path": "x.parquet", "columns": {"label": "clicked"}}}},
          "noise.planted: noise can be planted in the generated log alone"),
+        ({"tables": [["slot", "price"]]}, "tables: price is no categorical feature of impressions; there are: none"),
         ({"learnt": {"row": "z"}}, "learnt.row: there is no row 'z'"),
         ({"tuning": {"draws": 0}}, "tuning.draws: Input should be greater than or equal to 1"),
         ({"bootstrap": {"draws": 5}}, "bootstrap.draws: Input should be greater than or equal to 100"),
