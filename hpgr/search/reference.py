@@ -12,13 +12,13 @@ from hpgr.search.space import Space
 START = """# Reference of all keys
 
 Made from the code by `python -m hpgr.search.reference > docs/reference.md`; a test holds the two equal. Keys are paths:
-`data.columns.user` is `user` in `columns` in `data`, and `--set data.columns.user=uid` overrides it. Unknown keys are errors.
-`[]` stands for each entry of a list, `NAME` for a name of your own.
+`data.columns.user` is `user` in `columns` in `data`, and `--set data.columns.user=uid` overrides it. Unknown keys are
+errors. `[]` stands for each entry of a list, `NAME` for a name of your own.
 """
 PARTS = (
     (Config, "Configuration", "Files of `--config`; every key may be left out."),
-    (Space, "Search spaces", "Files of `tune.py --space`; see [search](search.md). Overrides bear the prefix `space.`."),
-    (Matrix, "Comparisons", "Files of `compare.py`; see [comparison](comparison.md). Overrides bear the prefix `compare.`."),
+    (Space, "Search spaces", "Files of `tune.py --space`; see [search](search.md). Overrides begin with `space.`"),
+    (Matrix, "Comparisons", "Files of `compare.py`; see [comparison](comparison.md). Overrides begin with `compare.`"),
 )  # fmt: skip
 
 
