@@ -6,7 +6,7 @@ N padded history length, M padded candidates of a row.
 A *timeline* holds one user's history events in time order and, apart from them, the user's impressions.
 `visible` of a history event or an impression is the number of the user's history events whose time is
 strictly before it: those are all it may ever look at, and they are a prefix of the history. Whatever
-happens in the same second or later cannot leak (design decision; see the README, "No leakage").
+happens in the same second or later cannot leak (design decision; see the docs/logs.md, "No leakage").
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ class Rule(Section):
     column: str
     """Column of the log (its own name, not the mapped one)."""
     op: Operator = "=="
+    """How the column is compared with `value`."""
     value: str | bool | int | float | list[str | int | float] | None = None
     """What the column is compared with; a list for `in` and `not_in`, absent for `is_null` and `not_null`."""
 
@@ -36,8 +37,11 @@ class Rule(Section):
 
 class Columns(Section):
     user: str = "user_id"
+    """Who acted; read as text."""
     item: str = "item_id"
+    """What was acted on; read as text."""
     time: str = "timestamp"
+    """When: an Arrow timestamp, or a number in `data.time_unit`."""
     label: str | None = None
     """0/1 column, null = not a target; or the column that `data.label_rule` turns into 0/1."""
     action: str | None = None
@@ -50,28 +54,36 @@ class Columns(Section):
 
 class LabelRule(Section):
     op: Literal["==", "!=", ">=", ">", "<=", "<"] = ">="
+    """How the label column is compared with `value`: a click where it holds."""
     value: float | str
+    """What it is compared with."""
 
 
 class Feature(Section):
     name: str
+    """Its name in candidates and reports; no two alike."""
     column: str
+    """Column of the log (its own name)."""
     role: Literal["item", "event", "user", "candidate"]
     """Who shows it: item and user features both streams, event features the history, candidate features
     (position, price, device) only the impression."""
     kind: Literal["categorical", "numeric"] = "categorical"
+    """Categorical values get vectors, numeric ones a slope."""
     transform: Literal["none", "log1p"] = "none"
     """Applied to numeric features before they are standardised by training-time statistics."""
 
 
 class Split(Section):
     by: Literal["user_fraction", "time_fraction", "date", "leave_one_out"] = "time_fraction"
+    """How impressions are divided; see the guide of logs."""
     validation: Share = 0.1
+    """Share of the impressions for validation, in the same manner as `test`."""
     test: Share = 0.1
     """Shares of the impressions: of each user's last (user_fraction) or of all in time order (time_fraction)."""
     validation_from: datetime | None = None
+    """First moment of validation, for `date`; UTC where no zone is given."""
     test_from: datetime | None = None
-    """First moment of each split, for `date`; UTC where no zone is given."""
+    """First moment of the test, for `date`; UTC where no zone is given."""
 
     @model_validator(mode="after")
     def _possible(self) -> Split:
@@ -99,8 +111,11 @@ class Vocabulary(Section):
 
 class Synthetic(Section):
     users: Count = 1600
+    """Users of the generated log."""
     items: Annotated[int, Field(ge=20)] = 600
+    """Its items."""
     categories: Annotated[int, Field(ge=2)] = 24
+    """Kinds of items."""
     interests: Count = 3
     """Categories a user cares for."""
     sessions: Count = 8
@@ -110,6 +125,7 @@ class Synthetic(Section):
     impressions: Count = 5
     """Mean lists a user is shown."""
     list_size: Count = 4
+    """Items a list."""
     noise: Share = 0.3
     """Share of engagements with an item of no interest."""
     skew: Annotated[float, Field(ge=0)] = 0.8
@@ -119,25 +135,30 @@ class Synthetic(Section):
     strength: Annotated[float, Field(ge=0)] = 3.0
     """Effect of relevant past engagements on the click's log-odds."""
     seed: Natural = 7
+    """Of the generated log alone."""
 
 
 class Data(Section):
     path: str | list[str] | None = None
     """File, folder or glob, or several; local, s3:// or gs://. Null generates `synthetic` instead."""
     format: Literal["auto", "parquet", "csv", "jsonl"] = "auto"
+    """Format of the files; auto goes by their names."""
     synthetic: Synthetic = Synthetic()
     columns: Columns = Columns()
     time_unit: Literal["s", "ms", "us", "ns"] = "s"
     """Unit of an integer or float time column; an Arrow timestamp carries its own."""
     earliest: datetime = datetime(1990, 1, 1)
+    """Events before this are quarantined as absurd."""
     latest: datetime = datetime(2100, 1, 1)
     """Events outside [earliest, latest) are quarantined as absurd."""
     label_rule: LabelRule | None = None
+    """Turns `columns.label` into 0/1; null: it is 0/1 already."""
     impressions: list[list[Rule]] | None = None
     """Rows that are stage 2 targets: any group whose rules all hold. Null: every row with a label."""
     history: list[list[Rule]] | None = None
     """Rows that enter the history, in the same form. Null: every row."""
     features: list[Feature] = Field(default=[])
+    """Further columns the model reads."""
     split: Split = Split()
     vocabulary: Vocabulary = Vocabulary()
     max_quarantined: Annotated[float, Field(ge=0, le=1)] = 0.5

@@ -31,8 +31,11 @@ class Pgsa(Section):
 
 class Sem(Section):
     intra_layers: Count = 1
+    """Transformer blocks inside sessions."""
     inter_layers: Count = 1
+    """Transformer blocks over summaries of sessions."""
     dropout: Share = 0.2
+    """Dropout of the module's blocks."""
     in_stage2: bool = True
     """Carry the SEM into stage 2; both its branches are gated from zero there."""
 
@@ -52,9 +55,13 @@ class Model(Section):
     """The click model of stage 2. The section `pgsa` and `sem.in_stage2` belong to hpgr alone; the others attend
     densely to the flat history. Any of them can start from stage 1 (its event tokens are alike in all)."""
     width: Annotated[int, Field(ge=4)] = 64
+    """Width of all token vectors; a multiple of `heads`."""
     heads: Count = 2
+    """Attention heads."""
     layers: Count = 2
+    """Layers of the encoder."""
     dropout: Share = 0.2
+    """Dropout of tokens and layers."""
     silu_on: Literal["u", "uvqk"] = "uvqk"
     """Activation after the input projection: U alone (ranking form) or all four (research form)."""
     hstu_form: Literal["platform", "research"] = "platform"

@@ -11,27 +11,35 @@ from hpgr.config.base import Count, Natural, Positive, Section, Share
 
 class Optimiser(Section):
     lr: Positive = 1e-3
+    """Peak learning rate of AdamW."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-2
+    """Decoupled weight decay."""
     warmup_steps: Natural = 50
+    """Steps of linear warm-up."""
     final_lr_share: Share = 0.1
     """Cosine decay ends at this share of lr."""
     clip_norm: Positive = 1.0
+    """Largest norm of the gradient; longer ones are scaled to it."""
 
 
 class Stage1(Section):
     enabled: bool = True
+    """False trains stage 2 from random vectors."""
     objective: Literal["masked_item", "next_item"] = "masked_item"
     """masked_item: HPGR's session-based masked item modelling. next_item: a flat, dense HSTU that predicts each event
     from those before it, the field's standard retrieval model."""
     epochs: Count = 20
+    """Most epochs."""
     patience: Count = 5
     """Validations without a better NDCG@10 before the stage stops."""
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of a session's events to hide."""
     causal_share: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of rows encoded left to right, the form stage 2 uses; the rest see both sides."""
     full_softmax_items: Natural = 20_000
     """Catalogues up to this size use the full softmax, larger ones the logQ-corrected sampled one."""
     negatives: Count = 2048
+    """Items drawn a step for the sampled softmax."""
     optimiser: Optimiser = Optimiser()
 
 
@@ -39,6 +47,7 @@ class Stage2(Section):
     enabled: bool = True
     """False trains stage 1 alone: a retrieval model."""
     epochs: Count = 10
+    """Most epochs."""
     patience: Count = 3
     """Validations without a better AUC before the stage stops."""
     validate_every_steps: Natural = 0
@@ -48,6 +57,7 @@ class Stage2(Section):
 
 class Evaluation(Section):
     batch_tokens: Count = 16384
+    """Token budget of a batch in evaluation."""
     filter_seen: bool = False
     """Leave items of the user's history out of the next-item ranking."""
     next_item_users: Count = 20_000
@@ -71,3 +81,4 @@ class Checkpoints(Section):
     every_steps: Natural = 0
     """0 writes at each validation only."""
     keep: Count = 2
+    """Newest checkpoints to keep of each stage."""

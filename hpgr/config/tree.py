@@ -12,7 +12,9 @@ from hpgr.config.training import Checkpoints, Evaluation, Resources, Stage1, Sta
 
 class Config(Section):
     name: str = "run"
+    """Begins the name of a run folder that was given none."""
     seed: Natural = 0
+    """Of weights, batches, masks and dropout; not of the generated log."""
     data: Data = Data()
     stream: Stream = Stream()
     model: Model = Model()

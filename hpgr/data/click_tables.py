@@ -1,6 +1,6 @@
 """Scorers without a model: a table of training-time click rates by a few facts of an impression.
 
-What a table of position and "engaged before" reaches is what a ranker has to beat (README, Results). Rates are drawn
+What a table of position and "engaged before" reaches is what a ranker has to beat (docs/results.md). Rates are drawn
 towards the base rate by PRIOR impressions, so cells of few impressions say little.
 
 Legend: I impressions of a bucket, C cells of a table.

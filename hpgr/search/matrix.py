@@ -42,13 +42,16 @@ class Curves(Section):
     """Validation AUC of a row over each of some settings, all others as the row has them."""
 
     row: Name
+    """Row whose settings are varied."""
     over: Annotated[dict[str, Annotated[list[Scalar], Field(min_length=1)]], Field(min_length=1)]
     """Values by path; the row's own value is always a point."""
 
 
 class Bootstrap(Section):
     draws: Annotated[int, Field(ge=100)] = 2000
+    """Resamples of the users."""
     seed: Natural = 0
+    """Of the resamples."""
 
 
 class Noise(Section):
@@ -59,7 +62,9 @@ class Noise(Section):
     """
 
     sparse: Name
+    """Row that attends by PGSA."""
     dense: Name
+    """Row that attends to everything."""
     planted: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default_factory=list)
     """Values of data.synthetic.noise, each a log of its own."""
 
@@ -69,6 +74,7 @@ class Learnt(Section):
     attention of one user's impressions."""
 
     row: Name
+    """Row that is pictured."""
     items: str | None = None
     """Parquet file that tells about items; null: what the generated log knows, else nothing."""
     id: str = "item_id"
@@ -78,6 +84,7 @@ class Learnt(Section):
     group: str | None = None
     """and its kind, which colours the map; of `a|b|c` the first."""
     neighbours: Annotated[int, Field(ge=1, le=20)] = 5
+    """Nearest items shown of each."""
     projection: Literal["auto", "umap", "pca"] = "auto"
     """How the map is laid out. auto: umap where its package is installed (extra `maps`), else pca; the report says
     which."""
@@ -85,9 +92,11 @@ class Learnt(Section):
 
 class Matrix(Section):
     name: Name = "compare"
+    """Begins the name of a folder that was given none."""
     base: str | dict[str, Any] = Field(default_factory=dict)
     """Configuration that all rows start from: a file beside this one, or the keys themselves."""
     seeds: Annotated[list[Natural], Field(min_length=1)] = Field(default_factory=lambda: [0, 1, 2])
+    """Every row is trained once with each."""
     rows: Annotated[dict[Name, Values], Field(min_length=1)]
     """Models and ablations: what each changes of `base`."""
     baseline: Name | list[Name] = Field(default_factory=list)
@@ -97,9 +106,12 @@ class Matrix(Section):
     categorical features of impressions, and by whether the user engaged with the item before."""
     tuning: Tuning = Tuning()
     sensitivity: Curves | None = None
+    """Curves over settings of one row; null: none."""
     bootstrap: Bootstrap = Bootstrap()
     noise: Noise | None = None
+    """Attention on events that do not matter; null: not measured."""
     learnt: Learnt | None = None
+    """Pictures of what was learnt; null: none."""
     concurrency: Count | None = None
     """Most cells at once; null: as many as the cluster, fully scaled up, has room for."""
 

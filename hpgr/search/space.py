@@ -26,11 +26,15 @@ class Distribution(Section):
     """Exactly one of choice, uniform, log_uniform, integer and log_integer."""
 
     choice: Annotated[list[Scalar], Field(min_length=1)] | None = None
+    """One of these values."""
     uniform: Pair | None = None
     """[low, high], both included."""
     log_uniform: Pair | None = None
+    """[low, high], uniform in the logarithm; low above 0."""
     integer: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None
+    """[low, high], whole numbers, both included."""
     log_integer: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None
+    """[low, high], whole numbers, uniform in the logarithm; low above 0."""
     step: Positive | None = None
     """Grid of `uniform` and `integer`. Settings of stage 1 want one: trials that agree on it share the stage."""
     when: dict[str, Scalar | list[Scalar]] = Field(default_factory=dict)
@@ -97,13 +101,16 @@ KINDS = ("choice", "uniform", "log_uniform", "integer", "log_integer")
 
 class Sampler(Section):
     kind: Literal["tpe", "random"] = "tpe"
+    """How trials are proposed."""
     seed: Natural = 0
+    """Of the proposals."""
     startup_trials: Natural = 8
     """Random draws before TPE models what it has seen."""
 
 
 class Scheduler(Section):
     kind: Literal["asha", "none"] = "asha"
+    """Whether weak trials are stopped early."""
     grace_epochs: Count = 1
     """Epochs of stage 2 before a trial may be stopped."""
     reduction: Annotated[float, Field(gt=1)] = 3.0
@@ -122,7 +129,9 @@ Objective = Literal["auc", "keys", "seconds_a_million"]
 
 class Space(Section):
     name: str = "search"
+    """Begins the name of a search folder that was given none."""
     parameters: Annotated[dict[str, Distribution], Field(min_length=1)]
+    """What may vary: a distribution for each dotted configuration path."""
     objectives: Annotated[list[Objective], Field(min_length=1, max_length=2)] = Field(
         default_factory=lambda: cast("list[Objective]", ["auc"])
     )
