@@ -2,6 +2,7 @@
 """Measure speed and memory, each way against its baseline in the same run; ratios come first.
 
 python jobs/benchmark.py attention                                 # 5 minutes on 2 cores, 9 GB for dense at 8192
+python jobs/benchmark.py prepare                                   # 10 million rows; pip install 'hpgr[peers]' first
 python jobs/benchmark.py score                                     # a million pairs: minutes on 2 cores
 python jobs/benchmark.py score --users 500 --rounds 2 --json score.json
 """
@@ -20,6 +21,7 @@ from hpgr.on_ray import command
 
 BENCHMARKS = {
     "attention": "PGSA over kept keys against dense HSTU attention, forward and backward, by history length",
+    "prepare": "preparing a log against DuckDB and Polars that sort and sessionise the same files",
     "score": "cached batch scoring against encoding the history anew for each candidate",
 }
 """Modules of hpgr.on_ray.benchmarks, with what they compare."""

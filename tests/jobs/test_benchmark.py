@@ -1,18 +1,22 @@
-"""The attention benchmark runs on tiny histories and reports what it promises."""
+"""Benchmarks run on tiny inputs and report what they promise; their baselines do the same work."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from hpgr.config import validate
+from hpgr.errors import ConfigError
 from hpgr.model.hstu import HstuEncoder
-from hpgr.on_ray.benchmarks import attention
+from hpgr.on_ray.benchmarks import attention, prepare
 
 
 def test_attention(root: Path, tmp_path: Path) -> None:
@@ -57,3 +61,40 @@ def test_the_baselines_are_the_same_attention(monkeypatch: pytest.MonkeyPatch) -
     dense, kept = (attention.encoded(encoder, tokens, case.relation(x, table, way)) for way in ("dense", "gather"))
     torch.testing.assert_close(attention.encoded_in_tiles(encoder, tokens, x, model), dense, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(kept, dense, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", prepare.PEERS)
+def test_peers_sort_and_sessionise(way: str, tmp_path: Path) -> None:
+    """What a peer writes is in order and has the sessions that a plain loop finds."""
+    pytest.importorskip(way)
+    prepare.write_log(tmp_path / "log", 2000, print)
+    seconds, _ = prepare.measure(way, str(tmp_path / "log"), str(tmp_path / "out"))
+    out = pq.read_table(tmp_path / "out/out.parquet")
+    user, moment, session = (out.column(c).to_numpy() for c in ("user_id", "timestamp", "session"))
+    assert seconds > 0
+    assert len(user) == 2000
+    assert (np.lexsort((moment, user)) == np.arange(2000)).all()
+    expected, last = [], {}
+    for u, t in zip(user.tolist(), moment.tolist(), strict=True):
+        before, number = last.get(u, (t, 0))
+        last[u] = (t, number + int(t - before > prepare.GAP_SECONDS))
+        expected.append(last[u][1])
+    assert session.tolist() == expected
+
+
+def test_prepare_without_peers(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "prepare.json"
+    done = subprocess.run(
+        [sys.executable, "jobs/benchmark.py", "prepare", "--rows", "3000", "--rounds", "1", "--peers", "",
+         "--json", str(out)],
+        cwd=root, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(out.read_text(encoding="utf-8"))
+    assert figures["rows_per_second"]["3000"]["prepare"]["median"] > 0
+    assert figures["peak_mb"]["3000"]["prepare"] > 0
+
+
+def test_a_peer_that_is_not_there_is_named() -> None:
+    with pytest.raises(ConfigError, match="got spark"):
+        prepare.run(argparse.Namespace(peers="spark", rows="10", rounds=1, keep=None), print)
