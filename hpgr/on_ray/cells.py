@@ -186,7 +186,7 @@ def _trained(run: Run, report: Callable[[dict[str, Any]], None], test: bool) -> 
 
 
 def _device(config: Config) -> torch.device:
-    return torch.device("cuda" if config.resources.gpu else "cpu")
+    return torch.device("cuda" if config.resources.on_gpu else "cpu")
 
 
 def _record(figures: dict[str, Any], test: bool) -> Done:

@@ -25,11 +25,13 @@ from hpgr.data.stream import build_index
 from hpgr.errors import ArtifactError, ConfigError
 from hpgr.locks import held
 from hpgr.metrics import auc
+from hpgr.on_ray.cluster import here, settle, wait_for
 from hpgr.on_ray.parallel import RayExecute
 from hpgr.on_ray.session import session
 from hpgr.on_ray.train import run_training
 from hpgr.report.run import ReportData, render_report
 from hpgr.schema import SECOND, Timelines
+from hpgr.sizing import Ask
 from hpgr.training.two_stage import INDEXES, Run
 
 Say = Callable[[str], None]
@@ -96,7 +98,7 @@ def _two_stage(request: Request, say: Say) -> tuple[dict[str, Any], str]:
     with session(say):
         execute = RayExecute(say)
         ready = time.monotonic()
-        run = Run(config, folder, prepared_log(config, execute, say))
+        run = Run(settle(config, here(), say), folder, prepared_log(config, execute, say))
         run.prepared.keep(folder.sub("prepared"))
         for name in INDEXES:
             build_index(run.prepared, config, run.index_folder, name, execute)
@@ -122,6 +124,7 @@ def prepare_only(config: Config, say: Say) -> Prepared:
 
 def prepared_log(config: Config, execute: Execute, say: Say) -> Prepared:
     """The prepared log of a configuration, with its account told."""
+    wait_for(Ask("data task", "nothing: no node has a CPU", 1, 1.0), config.resources.wait_minutes, say)
     start = time.monotonic()
     prepared = prepare(config, execute, say)
     account, took = prepared.manifest["account"], time.monotonic() - start
