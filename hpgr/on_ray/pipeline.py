@@ -28,7 +28,7 @@ from hpgr.metrics import auc
 from hpgr.on_ray.cluster import here, settle, wait_for
 from hpgr.on_ray.parallel import RayExecute
 from hpgr.on_ray.session import session
-from hpgr.on_ray.train import run_training
+from hpgr.on_ray.train import Log, run_training
 from hpgr.report.run import ReportData, render_report
 from hpgr.schema import SECOND, Timelines
 from hpgr.sizing import Ask
@@ -100,6 +100,7 @@ def _two_stage(request: Request, say: Say) -> tuple[dict[str, Any], str]:
         ready = time.monotonic()
         run = Run(settle(config, here(), say), folder, prepared_log(config, execute, say))
         run.prepared.keep(folder.sub("prepared"))
+        _log_rows(run)
         for name in INDEXES:
             build_index(run.prepared, config, run.index_folder, name, execute)
         statistics = _session_statistics(run, execute)
@@ -114,6 +115,16 @@ def _two_stage(request: Request, say: Say) -> tuple[dict[str, Any], str]:
     folder.write("report.html", _report(run, metrics, curves, statistics).encode())
     folder.write_json("metrics.json", metrics)
     return metrics, folder.uri
+
+
+def _log_rows(run: Run) -> None:
+    """Counts of the log's rows, to where the run's other figures go."""
+    account = run.prepared.manifest["account"]
+    counts = {"rows_in": account["rows_in"]}
+    counts |= {f"rows_{name}": account[name] for name in ("kept", "quarantined", "duplicates")}
+    log = Log(run.folder, True)
+    log("data", counts, 0)
+    log.close()
 
 
 def prepare_only(config: Config, say: Say) -> Prepared:

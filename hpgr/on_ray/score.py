@@ -22,6 +22,7 @@ from hpgr.config import Resources, Scoring, validate
 from hpgr.errors import HpgrError
 from hpgr.locks import held
 from hpgr.on_ray.cluster import here, wait_for
+from hpgr.on_ray.metrics import export
 from hpgr.on_ray.parallel import SAY_EVERY_SECONDS, RayExecute, cause
 from hpgr.on_ray.session import session
 from hpgr.scoring import job, output
@@ -85,7 +86,8 @@ def score_shards(request: Request, missing: list[int], expected: output.Expected
         num_cpus=1,
         **options,
     )
-    progress = _Progress(say, len(missing), None if expected.rows is None else sum(expected.rows[s] for s in missing))
+    pairs = None if expected.rows is None else sum(expected.rows[s] for s in missing)
+    progress = _Progress(say, Folder(request.output), len(missing), pairs)
     try:
         for row in rows.iter_rows():
             if row["failed"]:
@@ -106,6 +108,7 @@ class _Progress:
     """Lines of progress, every few seconds."""
 
     say: Say
+    output: Folder
     shards: int
     all_pairs: int | None
 
@@ -121,6 +124,7 @@ class _Progress:
         now = time.monotonic()
         if now - self.spoken > SAY_EVERY_SECONDS:
             self.spoken, took = now, now - self.start
+            export(self.output, "score", {"pairs_per_second": self.pairs / took, "pairs_scored": self.pairs})
             share = self.pairs / self.all_pairs if self.all_pairs else self.done / self.shards
             left = took / share - took if share else 0.0
             self.say(f"score: {self.done}/{self.shards} shards, {self.pairs:,} pairs, {self.pairs / took:,.0f} pairs/s,"

@@ -27,6 +27,7 @@ from hpgr.data.preparation import Prepared
 from hpgr.data.stream import LocalSource
 from hpgr.errors import HpgrError, TrainingError
 from hpgr.on_ray.cluster import here, wait_for
+from hpgr.on_ray.metrics import export
 from hpgr.on_ray.session import quieten
 from hpgr.on_ray.stream import RaySource
 from hpgr.sizing import training_ask
@@ -34,17 +35,18 @@ from hpgr.training.two_stage import Run, Worker, train
 
 
 class Log:
-    """TensorBoard scalars; a remote run folder gets the files when the worker ends."""
+    """Figures to TensorBoard and to Ray's metrics; a remote run folder gets the files when the worker ends."""
 
     def __init__(self, folder: Folder, active: bool) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._folder = folder.sub("tensorboard")
+        self._run, self._folder = folder, folder.sub("tensorboard")
         self._local = Path(self._folder.path()[1]) if folder.is_local else Path(tempfile.mkdtemp())
         self._writer = SummaryWriter(str(self._local)) if active else None
 
     def __call__(self, stage: str, values: dict[str, float], step: int) -> None:
         if self._writer is not None:
+            export(self._run, stage, values)
             for name, value in values.items():
                 self._writer.add_scalar(f"{stage}/{name}", value, step)
 

@@ -22,6 +22,7 @@ from hpgr.model.inputs import pad
 from hpgr.model.noise import Noise
 from hpgr.schema import Batch
 from hpgr.training import checkpoint, distributed
+from hpgr.training.meter import Meter, counts_of
 from hpgr.training.optimiser import make_optimiser, make_schedule
 from hpgr.training.stage import Stage
 
@@ -89,7 +90,8 @@ class _Loop:
         self.checkpoints = context.folder.sub("checkpoints")
         self._restore()
         self.parallel = distributed.wrap(self.model, context.device)
-        self.spoken = time.monotonic()
+        self.meter, self.spoken = Meter(), time.monotonic()
+        self.trained, self.began = 0, self.spoken
 
     def run(self) -> Progress:
         """Train what is left, then load the best weights."""
@@ -130,13 +132,15 @@ class _Loop:
 
     def _train(self) -> None:
         p, stage = self.progress, self.stage
-        mark = time.monotonic()
+        mark = self.began = self.spoken = time.monotonic()
         for step in self.context.source.steps(stage.stream, range(p.epoch, stage.epochs), p.step):
-            p.waited += time.monotonic() - mark
+            waited = time.monotonic() - mark
             self._step(step)
             last = step.step + 1 == step.steps
             p.epoch, p.step = (step.epoch + 1, 0) if last else (step.epoch, step.step + 1)
-            p.seconds += time.monotonic() - mark
+            took = time.monotonic() - mark
+            p.waited, p.seconds = p.waited + waited, p.seconds + took
+            self.meter.time(took, waited)
             self._milestone(last)
             if p.stale >= stage.patience:
                 self.context.say(f"{stage.name}: no better {stage.metric} for {p.stale} validations, stopping")
@@ -154,13 +158,24 @@ class _Loop:
             self._save()
 
     def _speak(self, step: Step) -> None:
-        p = self.progress
-        if p.step and time.monotonic() - self.spoken > SAY_EVERY_SECONDS:
-            self.spoken = time.monotonic()
+        """Now and then a line for a log that is read later, and the same figures for whoever watches."""
+        if time.monotonic() - self.spoken <= SAY_EVERY_SECONDS:
+            return
+        self.spoken, figures = time.monotonic(), self._take()
+        if figures:
+            self.context.log(self.stage.name, figures, self.progress.global_step)
+            pace = (time.monotonic() - self.began) / self.trained
+            left = pace * (self.stage.epochs * self.steps - self.progress.global_step)
             self.context.say(
                 f"{self.stage.name}: epoch {step.epoch + 1}/{self.stage.epochs} step {step.step + 1}/{step.steps} "
-                f"loss {p.loss_sum / max(1.0, p.loss_count):.4f} data wait {p.waited / p.seconds:.1%}"
+                f"loss {figures['loss']:.4f} {figures['tokens_per_second']:,.0f} tokens/s "
+                f"data wait {figures['data_wait_share']:.1%} at most {_duration(left)} to go"
             )
+
+    def _take(self) -> dict[str, float]:
+        """Figures since the last time."""
+        figures, self.meter = self.meter.figures(), Meter()
+        return figures
 
     def _forward(self, batch: Batch, step: int) -> Any:
         self.parallel.train() if hasattr(self, "parallel") else self.model.train()
@@ -175,7 +190,9 @@ class _Loop:
         output = self._forward(step.batch, p.global_step)
         real = float(step.real)
         sums = torch.stack([output.loss.detach().double() * real, output.terms.double() * real]).cpu()
-        total, count = distributed.sum_over_workers(sums.to(self.context.device)).tolist()
+        counts = torch.tensor(counts_of(step.batch), dtype=torch.float64) * real
+        sums = torch.cat([sums, counts]).to(self.context.device)
+        total, count, *counted = distributed.sum_over_workers(sums).tolist()
         self._check("loss", total, step)
         # DDP averages over workers, so a sum divided once by the global count needs their number as factor.
         (output.loss * (real * distributed.world() / max(count, 1.0))).backward()
@@ -185,6 +202,8 @@ class _Loop:
         self.schedule.step()
         self.optimiser.zero_grad(set_to_none=True)
         p.global_step += 1
+        self.trained += 1
+        self.meter.add(total, count, counted)
         p.loss_sum, p.loss_count = p.loss_sum + total, p.loss_count + count
 
     def _check(self, name: str, value: float, step: Step) -> None:
@@ -197,6 +216,7 @@ class _Loop:
 
     def _validate(self) -> None:
         p, stage = self.progress, self.stage
+        pace = self._take()
         self.model.eval()
         with torch.no_grad(), self.context.autocast():
             figures = stage.validate(self.context.source, self.context.device)
@@ -220,7 +240,7 @@ class _Loop:
             f"{stage.name}: epoch {p.epoch} step {p.global_step} loss {sums['train_loss']:.4f} | "
             f"validation {shown}{' *' if better else ''}"
         )
-        scalars = sums | {f"validation/{k}": float(v) for k, v in known.items()}
+        scalars = sums | pace | {f"validation/{k}": float(v) for k, v in known.items()}
         self.context.log(stage.name, scalars, p.global_step)
         progress = p.epoch + p.step / self.steps
         told = {"stage": stage.name, "epoch": p.epoch, "progress": progress, "step": p.global_step, **known}
@@ -248,6 +268,14 @@ class _Loop:
 
     def _tensors(self) -> dict[str, Tensor]:
         return dict(self.model.state_dict())
+
+
+def _duration(seconds: float) -> str:
+    """The largest two units: 45 s, 3 min 20 s, 2 h 5 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _stage_number(name: str) -> int:
