@@ -26,6 +26,7 @@ from hpgr.errors import ArtifactError, ConfigError
 from hpgr.locks import held
 from hpgr.metrics import auc
 from hpgr.on_ray.cluster import here, settle, wait_for
+from hpgr.on_ray.journal import journal
 from hpgr.on_ray.parallel import RayExecute
 from hpgr.on_ray.session import session
 from hpgr.on_ray.train import Log, run_training
@@ -95,7 +96,7 @@ def _two_stage(request: Request, say: Say) -> tuple[dict[str, Any], str]:
         return folder.read_json("metrics.json"), folder.uri
     if "/runtime_resources/" in folder.uri:
         say(f"note: {folder.uri} is in the job's copy of its working directory and goes with it; give --run another")
-    with session(say):
+    with journal(folder, say) as say, session(say):
         execute = RayExecute(say)
         ready = time.monotonic()
         run = Run(settle(config, here(), say), folder, prepared_log(config, execute, say))

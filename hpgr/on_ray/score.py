@@ -23,7 +23,7 @@ from hpgr.errors import HpgrError
 from hpgr.locks import held
 from hpgr.on_ray.cluster import here, wait_for
 from hpgr.on_ray.metrics import export
-from hpgr.on_ray.parallel import SAY_EVERY_SECONDS, RayExecute, cause
+from hpgr.on_ray.parallel import SAY_EVERY_SECONDS, SAY_SHARE, RayExecute, cause
 from hpgr.on_ray.session import session
 from hpgr.scoring import job, output
 from hpgr.scoring.request import Request
@@ -122,7 +122,7 @@ class _Progress:
         self.pairs += account["pairs"]
         self.users += account["users"]
         now = time.monotonic()
-        if now - self.spoken > SAY_EVERY_SECONDS:
+        if now - self.spoken > max(SAY_EVERY_SECONDS, SAY_SHARE * (self.spoken - self.start)):
             self.spoken, took = now, now - self.start
             export(self.output, "score", {"pairs_per_second": self.pairs / took, "pairs_scored": self.pairs})
             share = self.pairs / self.all_pairs if self.all_pairs else self.done / self.shards

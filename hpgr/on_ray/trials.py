@@ -18,6 +18,7 @@ from hpgr.data.preparation import Prepared, in_process
 from hpgr.data.stream import build_index
 from hpgr.errors import HpgrError
 from hpgr.on_ray.cluster import here
+from hpgr.on_ray.journal import journal
 from hpgr.on_ray.session import quieten
 from hpgr.on_ray.train import Crew, train_here, train_on_workers
 from hpgr.sizing import Ask, refuse_impossible, room
@@ -124,9 +125,10 @@ def index_of(config: Config, place: Place) -> Folder:
 
 def _trained(run: Run, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     config, threads = run.config, max(1, int(cpus_of(run.config)))
-    if nested(config):
-        crew = Crew(cpus_of(config), threads, [TuneReportCallback()], test=False)
-        return train_on_workers(run, partial(print, flush=True), crew)
-    torch.set_num_threads(threads)
-    device = torch.device("cuda" if config.resources.on_gpu else "cpu")
-    return train_here(run, device, partial(print, flush=True), report, test=False)
+    with journal(run.folder, partial(print, flush=True)) as say:
+        if nested(config):
+            crew = Crew(cpus_of(config), threads, [TuneReportCallback()], test=False)
+            return train_on_workers(run, say, crew)
+        torch.set_num_threads(threads)
+        device = torch.device("cuda" if config.resources.on_gpu else "cpu")
+        return train_here(run, device, say, report, test=False)

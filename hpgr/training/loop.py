@@ -26,7 +26,11 @@ from hpgr.training.meter import Meter, counts_of
 from hpgr.training.optimiser import make_optimiser, make_schedule
 from hpgr.training.stage import Stage
 
-SAY_EVERY_SECONDS = 10.0
+TELL_EVERY_SECONDS = 10.0
+"""How often figures go to those who watch."""
+SAY_SHARE, SAY_AT_LEAST_EVERY = 0.2, 600.0
+"""A line comes when the stage has grown by this share since the last one, so that a log of hours still reads well; and
+after so many seconds in any case."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,8 @@ class _Loop:
         self.checkpoints = context.folder.sub("checkpoints")
         self._restore()
         self.parallel = distributed.wrap(self.model, context.device)
-        self.meter, self.spoken = Meter(), time.monotonic()
-        self.trained, self.began = 0, self.spoken
+        self.meter, self.trained = Meter(), 0
+        self.began = self.told = self.spoken = time.monotonic()
 
     def run(self) -> Progress:
         """Train what is left, then load the best weights."""
@@ -132,7 +136,7 @@ class _Loop:
 
     def _train(self) -> None:
         p, stage = self.progress, self.stage
-        mark = self.began = self.spoken = time.monotonic()
+        mark = self.began = self.told = self.spoken = time.monotonic()
         for step in self.context.source.steps(stage.stream, range(p.epoch, stage.epochs), p.step):
             waited = time.monotonic() - mark
             self._step(step)
@@ -158,19 +162,24 @@ class _Loop:
             self._save()
 
     def _speak(self, step: Step) -> None:
-        """Now and then a line for a log that is read later, and the same figures for whoever watches."""
-        if time.monotonic() - self.spoken <= SAY_EVERY_SECONDS:
+        """Now and then figures for those who watch, and more seldom a line for those who read the log later."""
+        now = time.monotonic()
+        if now - self.told <= TELL_EVERY_SECONDS:
             return
-        self.spoken, figures = time.monotonic(), self._take()
-        if figures:
-            self.context.log(self.stage.name, figures, self.progress.global_step)
-            pace = (time.monotonic() - self.began) / self.trained
-            left = pace * (self.stage.epochs * self.steps - self.progress.global_step)
-            self.context.say(
-                f"{self.stage.name}: epoch {step.epoch + 1}/{self.stage.epochs} step {step.step + 1}/{step.steps} "
-                f"loss {figures['loss']:.4f} {figures['tokens_per_second']:,.0f} tokens/s "
-                f"data wait {figures['data_wait_share']:.1%} at most {_duration(left)} to go"
-            )
+        self.told, figures = now, self._take()
+        if not figures:
+            return
+        self.context.log(self.stage.name, figures, self.progress.global_step)
+        since = now - self.began
+        if now - self.spoken <= min(SAY_SHARE * since, SAY_AT_LEAST_EVERY):
+            return
+        self.spoken = now
+        left = since / self.trained * (self.stage.epochs * self.steps - self.progress.global_step)
+        self.context.say(
+            f"{self.stage.name}: epoch {step.epoch + 1}/{self.stage.epochs} step {step.step + 1}/{step.steps} "
+            f"loss {figures['loss']:.4f} {figures['tokens_per_second']:,.0f} tokens/s "
+            f"data wait {figures['data_wait_share']:.1%} at most {_duration(left)} to go"
+        )
 
     def _take(self) -> dict[str, float]:
         """Figures since the last time."""
