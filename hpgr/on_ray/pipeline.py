@@ -32,7 +32,7 @@ from hpgr.on_ray.session import session
 from hpgr.on_ray.train import Log, run_training
 from hpgr.report.run import ReportData, render_report
 from hpgr.schema import SECOND, Timelines
-from hpgr.sizing import Ask
+from hpgr.sizing import Ask, refuse_impossible, training_ask
 from hpgr.training.two_stage import INDEXES, Run
 
 Say = Callable[[str], None]
@@ -99,7 +99,10 @@ def _two_stage(request: Request, say: Say) -> tuple[dict[str, Any], str]:
     with journal(folder, say) as say, session(say):
         execute = RayExecute(say)
         ready = time.monotonic()
-        run = Run(settle(config, here(), say), folder, prepared_log(config, execute, say))
+        config = settle(config, here(), say)
+        if config.resources.count:
+            refuse_impossible(here(), training_ask(config.resources, here()))
+        run = Run(config, folder, prepared_log(config, execute, say))
         run.prepared.keep(folder.sub("prepared"))
         _log_rows(run)
         for name in INDEXES:
