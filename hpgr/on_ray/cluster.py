@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import ray
 import ray._private.state
@@ -18,26 +17,30 @@ from hpgr.errors import HpgrError
 from hpgr.sizing import ENOUGH, Ask, Cluster, Node, refuse_impossible, settled
 
 SAY_EVERY_SECONDS = 30.0
+HEAD = "node:__internal_head__"
+"""A resource that Ray gives its head alone."""
 
 
 def here() -> Cluster:
     """The cluster that this process is connected to."""
-    nodes = tuple(_node(n["Resources"]) for n in ray.nodes() if n["Alive"])
-    return Cluster(nodes, _most(nodes) if autoscales(nodes) else None)
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = tuple(_node(resources) for resources in alive)
+    return Cluster(nodes, _most(alive) if autoscales(nodes) else None)
 
 
-def _node(resources: dict[str, float], count: int = 1) -> Node:
+def _node(resources: Mapping[str, float], count: int = 1) -> Node:
     return Node(float(resources.get("CPU", 0)), float(resources.get("GPU", 0)), count)
 
 
-def _most(nodes: tuple[Node, ...]) -> tuple[Node, ...]:
-    """Nodes that there may be: kinds the autoscaler may start, and those up that are of no such kind (the head)."""
+def _most(alive: list[dict[str, float]]) -> tuple[Node, ...]:
+    """Nodes that there may be: kinds the autoscaler may start, the head, and nodes up that are of no such kind."""
     config = ray._private.state.state.get_cluster_config()
     groups = config.node_group_configs if config is not None else ()
     kinds = [_node(group.resources, group.max_count if group.max_count >= 0 else ENOUGH) for group in groups]
-    known = Counter((kind.cpus, kind.gpus) for kind in kinds)
-    others = tuple(n for n in nodes if (n.cpus, n.gpus) not in known)
-    return (*kinds, *others) if any(kind.count for kind in kinds) else ()
+    kinds = [kind for kind in kinds if kind.count]
+    shapes = {(kind.cpus, kind.gpus) for kind in kinds}
+    others = [r for r in alive if HEAD in r or (r.get("CPU", 0.0), r.get("GPU", 0.0)) not in shapes]
+    return (*kinds, *map(_node, others)) if kinds else ()
 
 
 def autoscales(nodes: tuple[Node, ...]) -> bool:
