@@ -71,6 +71,7 @@ class Scoring(Section):
     """Workers of a batch job, a CPU each."""
 
     min: Count = 1
+    """Workers that the job waits for before it starts."""
     max: Count | Auto = "auto"
     """auto: as many as the cluster has, or its autoscaler may start."""
 
