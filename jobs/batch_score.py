@@ -27,7 +27,7 @@ def job(argv: Sequence[str]) -> None:
     from hpgr.scoring.job import Wish, account_lines
 
     wish = Wish(**{name: getattr(arguments, name) for name in Wish.__dataclass_fields__})
-    least, most = workers(arguments.workers)
+    least, most = workers(arguments.workers) if arguments.workers else (None, None)
     summary = batch_score(wish, Pool(least, most, arguments.gpu), command.say)
     print("\n".join(["", *account_lines(summary), *next_commands(summary)]), flush=True)
 
@@ -55,9 +55,11 @@ def parser() -> argparse.ArgumentParser:
                      "with and without ranking, into _metrics.json")  # fmt: skip
     out.add_argument("--resume", action="store_true", help="only go on with a job; never start one")
     out.add_argument("--prepared", metavar="DIR", help="the run's prepared log, where it was moved")
-    out.add_argument("--workers", default="1", metavar="MIN[:MAX]", help="pool of workers (default: 1 to the CPUs)")
+    out.add_argument("--workers", metavar="MIN[:MAX]", help="pool of workers (default: the run's resources.scoring)")
     out.add_argument("--shard-pairs", type=positive, default=1 << 16, metavar="P", help="pairs a shard should hold")
-    out.add_argument("--gpu", action="store_true", help="a GPU for each worker")
+    out.add_argument(
+        "--gpu", action=argparse.BooleanOptionalAction, help="a GPU for each worker (default: the run's resources.gpu)"
+    )
     return out
 
 

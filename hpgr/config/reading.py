@@ -45,7 +45,7 @@ def validate(raw: dict[str, Any], faults: Sequence[str] = ()) -> Config:
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        faults = [*faults, *(_describe(e) for e in error.errors())]
+        faults = [*faults, *(_describe(e) for e in _one_a_key(error.errors()))]
     if faults:
         raise ConfigError(f"{len(faults)} fault(s) in the configuration:\n" + "\n".join(f"  - {f}" for f in faults))
     return config
@@ -81,6 +81,23 @@ def _number(value: Any) -> Any:
         except ValueError:
             return value
     return value
+
+
+def _one_a_key(errors: Sequence[Any]) -> list[Any]:
+    """Pydantic names every alternative of a union; where one is a word such as auto, say both in one message."""
+    words = {tuple(e["loc"][:-1]): e["msg"][:1].lower() + e["msg"][1:] for e in errors if _is_word(e)}
+    out = []
+    for error in errors:
+        place = tuple(error["loc"][:-1])
+        if not error["loc"] or place not in words:
+            out.append(error)
+        elif not _is_word(error):
+            out.append(error | {"loc": place, "msg": f"{error['msg']}; {words[place]}"})
+    return out
+
+
+def _is_word(error: Any) -> bool:
+    return bool(error["loc"]) and str(error["loc"][-1]).startswith("literal[")
 
 
 def _describe(error: Any) -> str:

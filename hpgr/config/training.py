@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from hpgr.config.base import Count, Natural, Positive, Section, Share
 
@@ -64,17 +64,55 @@ class Evaluation(Section):
     """Most users ranked over the whole catalogue in validation and test (first by user hash)."""
 
 
+Auto = Literal["auto"]
+
+
+class Scoring(Section):
+    """Workers of a batch job, a CPU each."""
+
+    min: Count = 1
+    """Workers that the job waits for before it starts."""
+    max: Count | Auto = "auto"
+    """auto: as many as the cluster has, or its autoscaler may start."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Scoring:
+        if self.max != "auto" and self.max < self.min:
+            raise ValueError(f"min {self.min} is more than max {self.max}")
+        return self
+
+
 class Resources(Section):
-    workers: Natural = 1
-    """Ray Train workers; 0 trains inside the driver."""
-    gpu: bool = False
-    """One GPU a worker, nccl and bf16 autocast."""
-    cpus_per_worker: Positive | None = None
-    """Null shares the cluster's CPUs, less one for data where there are enough."""
+    """What a run takes of the cluster; it changes no result. `auto` is settled when Ray is there, see hpgr.sizing."""
+
+    workers: Natural | Auto = 1
+    """Ray Train workers; 0 trains inside the driver. auto: one a GPU, without GPUs one a node."""
+    gpu: bool | Auto = False
+    """One GPU a worker, nccl and bf16 autocast. auto: where the cluster has some."""
+    cpus_per_worker: Positive | Auto | None = None
+    """auto or null shares the cluster's CPUs, less some for data; a trial or a cell takes one."""
+    data_workers: Count = 2
+    """Data tasks at work at once for each worker."""
     data_cpus: Positive = 0.25
     """CPUs a data task reserves."""
+    scoring: Scoring = Scoring()
+    """Pool of jobs/batch_score.py."""
+    wait_minutes: Annotated[float, Field(ge=0)] = 30
+    """How long to wait for what the cluster may give but has not free, before giving up."""
     max_failures: Natural = 2
     """Worker-group restarts, each from the last checkpoint."""
+
+    @property
+    def count(self) -> int:
+        """Workers, once settled."""
+        assert self.workers != "auto", "resources are not settled"
+        return self.workers
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether workers have a GPU, once settled."""
+        assert self.gpu != "auto", "resources are not settled"
+        return self.gpu
 
 
 class Checkpoints(Section):

@@ -24,6 +24,7 @@ from hpgr.artifacts import FORMAT, Folder
 from hpgr.config import Config, dump, to_yaml, validate
 from hpgr.data.preparation import Prepared
 from hpgr.errors import TrainingError
+from hpgr.on_ray.journal import journal
 from hpgr.on_ray.parallel import cause
 from hpgr.on_ray.pipeline import versions
 from hpgr.on_ray.session import quieten
@@ -178,15 +179,15 @@ def _train_cell(settings: dict[str, Any], folder: str, place: Place, phases: Any
 
 def _trained(run: Run, report: Callable[[dict[str, Any]], None], test: bool) -> dict[str, Any]:
     config, threads = run.config, max(1, int(cpus_of(run.config)))
-    quiet = partial(print, flush=True)
-    if nested(config):
-        return train_on_workers(run, quiet, Crew(cpus_of(config), threads, test=test))
-    torch.set_num_threads(threads)
-    return train_here(run, _device(config), quiet, report, test)
+    with journal(run.folder, partial(print, flush=True)) as say:
+        if nested(config):
+            return train_on_workers(run, say, Crew(cpus_of(config), threads, test=test))
+        torch.set_num_threads(threads)
+        return train_here(run, _device(config), say, report, test)
 
 
 def _device(config: Config) -> torch.device:
-    return torch.device("cuda" if config.resources.gpu else "cpu")
+    return torch.device("cuda" if config.resources.on_gpu else "cpu")
 
 
 def _record(figures: dict[str, Any], test: bool) -> Done:

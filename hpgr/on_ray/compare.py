@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -24,17 +24,18 @@ from hpgr.config import to_yaml as config_yaml
 from hpgr.data.click_tables import count_clicks, score_test
 from hpgr.data.preparation import Prepared
 from hpgr.data.stream import build_index
-from hpgr.errors import ArtifactError, ConfigError, HpgrError, TrainingError
+from hpgr.errors import ArtifactError, ConfigError, TrainingError
 from hpgr.locks import held
 from hpgr.metrics import ClickScores, auc
 from hpgr.on_ray.cells import Cells, Done, Work
+from hpgr.on_ray.cluster import here, settle
 from hpgr.on_ray.learnt import learn, names_of
 from hpgr.on_ray.noise import NoiseStudy
 from hpgr.on_ray.parallel import RayExecute
 from hpgr.on_ray.pipeline import Say, prepared_log, versions
 from hpgr.on_ray.searcher import Clock
-from hpgr.on_ray.session import most_cpus, session
-from hpgr.on_ray.trials import Place, demand, index_of
+from hpgr.on_ray.session import session
+from hpgr.on_ray.trials import Place, index_of, refuse_never
 from hpgr.report.compare import CompareData, board, render_compare
 from hpgr.report.learnt import Shown, section_learnt
 from hpgr.report.noise import section_noise
@@ -70,6 +71,7 @@ def compare(request: CompareRequest, say: Say) -> tuple[dict[str, Any], CompareD
 def _compare(request: CompareRequest, say: Say) -> tuple[dict[str, Any], CompareData]:
     plan, folder = open_comparison(request)
     with session(say):
+        plan = replace(plan, base=settle(plan.base, here(), say))
         job = _Comparison(plan, folder, say)
         with job.watched():
             job.tune()
@@ -120,17 +122,12 @@ def room(plan: Plan) -> int:
     """How many cells may run at once.
 
     Raises:
-        HpgrError: the cluster can never run one.
+        ConfigError: the cluster can never run one.
     """
-    need, have = demand(plan.base), most_cpus()
+    most = refuse_never(plan.base, "cell")
     if plan.matrix.concurrency is not None:
         return plan.matrix.concurrency
-    if have is None:
-        return UNKNOWN_ROOM
-    if need["CPU"] > have:
-        raise HpgrError(f"resources: a cell needs {need['CPU']:g} CPU, the cluster has {have:g}; lower "
-                        "resources.workers or resources.cpus_per_worker")  # fmt: skip
-    return max(1, int(have // need["CPU"]))
+    return UNKNOWN_ROOM if most is None else most
 
 
 @dataclass

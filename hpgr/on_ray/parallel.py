@@ -17,7 +17,8 @@ from hpgr.errors import HpgrError
 
 T = TypeVar("T")
 R = TypeVar("R")
-SAY_EVERY_SECONDS = 5.0
+SAY_EVERY_SECONDS, SAY_SHARE = 5.0, 0.2
+"""A line of progress comes after so many seconds, and after this share of the time before: long passes speak less."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class RayExecute:
                 if row["failed"]:
                     raise getattr(hpgr.errors, row["failed"])(pickle.loads(row["result"]))
                 results[row["id"]] = pickle.loads(row["result"])
-                if time.monotonic() - spoken > SAY_EVERY_SECONDS:
+                if time.monotonic() - spoken > max(SAY_EVERY_SECONDS, SAY_SHARE * (spoken - start)):
                     spoken = time.monotonic()
                     self.say(f"{name}: {len(results)}/{len(items)} pieces, {spoken - start:.0f} s")
         except RayError as error:

@@ -25,11 +25,14 @@ from hpgr.data.stream import build_index
 from hpgr.errors import ArtifactError, ConfigError
 from hpgr.locks import held
 from hpgr.metrics import auc
+from hpgr.on_ray.cluster import here, settle, wait_for
+from hpgr.on_ray.journal import journal
 from hpgr.on_ray.parallel import RayExecute
 from hpgr.on_ray.session import session
-from hpgr.on_ray.train import run_training
+from hpgr.on_ray.train import Log, run_training
 from hpgr.report.run import ReportData, render_report
 from hpgr.schema import SECOND, Timelines
+from hpgr.sizing import Ask, refuse_impossible, training_ask
 from hpgr.training.two_stage import INDEXES, Run
 
 Say = Callable[[str], None]
@@ -93,11 +96,15 @@ def _two_stage(request: Request, say: Say) -> tuple[dict[str, Any], str]:
         return folder.read_json("metrics.json"), folder.uri
     if "/runtime_resources/" in folder.uri:
         say(f"note: {folder.uri} is in the job's copy of its working directory and goes with it; give --run another")
-    with session(say):
+    with journal(folder, say) as say, session(say):
         execute = RayExecute(say)
         ready = time.monotonic()
+        config = settle(config, here(), say)
+        if config.resources.count:
+            refuse_impossible(here(), training_ask(config.resources, here()))
         run = Run(config, folder, prepared_log(config, execute, say))
         run.prepared.keep(folder.sub("prepared"))
+        _log_rows(run)
         for name in INDEXES:
             build_index(run.prepared, config, run.index_folder, name, execute)
         statistics = _session_statistics(run, execute)
@@ -114,6 +121,16 @@ def _two_stage(request: Request, say: Say) -> tuple[dict[str, Any], str]:
     return metrics, folder.uri
 
 
+def _log_rows(run: Run) -> None:
+    """Counts of the log's rows, to where the run's other figures go."""
+    account = run.prepared.manifest["account"]
+    counts = {"rows_in": account["rows_in"]}
+    counts |= {f"rows_{name}": account[name] for name in ("kept", "quarantined", "duplicates")}
+    log = Log(run.folder, True)
+    log("data", counts, 0)
+    log.close()
+
+
 def prepare_only(config: Config, say: Say) -> Prepared:
     """The preparation alone, as `jobs/prepare.py` runs it."""
     with session(say):
@@ -122,6 +139,7 @@ def prepare_only(config: Config, say: Say) -> Prepared:
 
 def prepared_log(config: Config, execute: Execute, say: Say) -> Prepared:
     """The prepared log of a configuration, with its account told."""
+    wait_for(Ask("data task", "nothing: no node has a CPU", 1, 1.0), config.resources.wait_minutes, say)
     start = time.monotonic()
     prepared = prepare(config, execute, say)
     account, took = prepared.manifest["account"], time.monotonic() - start

@@ -18,23 +18,35 @@ from ray.exceptions import RayError
 
 import hpgr.errors
 from hpgr.artifacts import Folder, absolute
+from hpgr.config import Resources, Scoring, validate
 from hpgr.errors import HpgrError
 from hpgr.locks import held
-from hpgr.on_ray.parallel import SAY_EVERY_SECONDS, RayExecute, cause
-from hpgr.on_ray.session import cluster_cpus, most_cpus, session
+from hpgr.on_ray.cluster import here, wait_for
+from hpgr.on_ray.metrics import export
+from hpgr.on_ray.parallel import SAY_EVERY_SECONDS, SAY_SHARE, RayExecute, cause
+from hpgr.on_ray.session import session
 from hpgr.scoring import job, output
 from hpgr.scoring.request import Request
+from hpgr.sizing import Ask, scoring_pool, settled
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Workers: at least and at most how many (None: as many as the cluster has or may start CPUs), and on what."""
+    """Workers: at least and at most how many, and whether each has a GPU; None as the run's `resources` say."""
 
-    least: int = 1
+    least: int | None = None
     most: int | None = None
-    gpu: bool = False
+    gpu: bool | None = None
+
+    def over(self, resources: Resources) -> Resources:
+        """A run's resources with what this pool says instead; a least alone leaves the most to the cluster."""
+        scoring = resources.scoring
+        if self.least is not None:
+            scoring = Scoring(min=self.least, max=self.most or "auto")
+        gpu = resources.gpu if self.gpu is None else self.gpu
+        return resources.model_copy(update={"scoring": scoring, "gpu": gpu})
 
 
 def batch_score(wish: job.Wish, pool: Pool, say: Say) -> dict[str, Any]:
@@ -59,18 +71,23 @@ def score_shards(request: Request, missing: list[int], expected: output.Expected
     Raises:
         HpgrError: of the kind that a shard raised, or that a worker was lost for good.
     """
-    most = min(len(missing), pool.most or max(1, int(most_cpus() or cluster_cpus())))
-    least = min(pool.least, most)
-    say(f"score: {len(missing)} shard(s), {least} to {most} worker(s){' with a GPU each' if pool.gpu else ''}")
-    options: dict[str, Any] = {"num_gpus": 1} if pool.gpu else {}
+    cluster = here()
+    resources = settled(pool.over(run_resources(request)), cluster)
+    least, most = scoring_pool(resources, cluster, len(missing))
+    gpu = resources.on_gpu
+    say(f"score: {len(missing)} shard(s), {least} to {most} worker(s){' with a GPU each' if gpu else ''}")
+    ask = Ask("scoring worker", "--workers (resources.scoring.min) or --gpu", least, 1.0, float(gpu))
+    wait_for(ask, resources.wait_minutes, say)
+    options: dict[str, Any] = {"num_gpus": 1} if gpu else {}
     rows = ray.data.from_items([{"shard": s} for s in missing], override_num_blocks=len(missing)).map(
         _Worker,
-        fn_constructor_kwargs={"request": request, "gpu": pool.gpu},
+        fn_constructor_kwargs={"request": request, "gpu": gpu},
         compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most),
         num_cpus=1,
         **options,
     )
-    progress = _Progress(say, len(missing), None if expected.rows is None else sum(expected.rows[s] for s in missing))
+    pairs = None if expected.rows is None else sum(expected.rows[s] for s in missing)
+    progress = _Progress(say, Folder(request.output), len(missing), pairs)
     try:
         for row in rows.iter_rows():
             if row["failed"]:
@@ -81,11 +98,17 @@ def score_shards(request: Request, missing: list[int], expected: output.Expected
     return progress.pairs
 
 
+def run_resources(request: Request) -> Resources:
+    """The `resources` of the run that scores."""
+    return validate(Folder(request.run).read_json("run.json")["config"]).resources
+
+
 @dataclass
 class _Progress:
     """Lines of progress, every few seconds."""
 
     say: Say
+    output: Folder
     shards: int
     all_pairs: int | None
 
@@ -99,8 +122,9 @@ class _Progress:
         self.pairs += account["pairs"]
         self.users += account["users"]
         now = time.monotonic()
-        if now - self.spoken > SAY_EVERY_SECONDS:
+        if now - self.spoken > max(SAY_EVERY_SECONDS, SAY_SHARE * (self.spoken - self.start)):
             self.spoken, took = now, now - self.start
+            export(self.output, "score", {"pairs_per_second": self.pairs / took, "pairs_scored": self.pairs})
             share = self.pairs / self.all_pairs if self.all_pairs else self.done / self.shards
             left = took / share - took if share else 0.0
             self.say(f"score: {self.done}/{self.shards} shards, {self.pairs:,} pairs, {self.pairs / took:,.0f} pairs/s,"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -10,8 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ray
-import ray._private.state
-from ray.experimental.internal_kv import _internal_kv_get
 
 from hpgr.errors import HpgrError
 
@@ -63,24 +60,3 @@ def quieten() -> None:
     context.print_on_execution_start = False
     for name in ("ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def cluster_cpus() -> float:
-    """CPUs of the cluster as it is now."""
-    return float(ray.cluster_resources().get("CPU", 0.0))
-
-
-def most_cpus() -> float | None:
-    """CPUs of the cluster when its autoscaler, if it has one, has started all that it may; None if it does not say."""
-    configured = ray._private.state.state.get_max_resources_from_cluster_config()
-    if configured is not None:
-        return max(cluster_cpus(), float(configured.get("CPU", 0)))
-    return None if autoscales() else cluster_cpus()
-
-
-def autoscales() -> bool:
-    """Whether an autoscaler may add nodes. Ray's monitor names kinds of nodes; those it only watches are node_<id>."""
-    status = json.loads(_internal_kv_get(b"__autoscaling_status") or b"{}")
-    kinds = status.get("autoscaler_report", {}).get("node_type_mapping") or {}
-    named = any(not kind.startswith("node_") for kind in kinds.values())
-    return named or cluster_cpus() == 0 or os.environ.get("RAY_ENABLE_AUTOSCALER") == "1"

@@ -24,8 +24,6 @@ import ray.data
 from hpgr.data.stream import Item, Step, StreamSpec, items_of, produce, step_of
 from hpgr.on_ray.session import quieten
 
-TASKS = 2
-"""Data tasks at work at once for a worker."""
 FIRST_CHUNK = 8
 """Steps of the first chunk: training need not wait for more. Each further one is four times as long, up to:"""
 CHUNK_BYTES = 64 << 20
@@ -39,6 +37,8 @@ class RaySource:
     rank: int
     world: int
     data_cpus: float
+    data_workers: int = 2
+    """Data tasks at work at once for this worker."""
     kept: dict[StreamSpec, list[Any]] = field(default_factory=dict, compare=False)
     """Tables of evaluations that fit in one chunk: they never change, so each is made once."""
 
@@ -59,7 +59,7 @@ class RaySource:
         return max(FIRST_CHUNK, CHUNK_BYTES * self.world // (spec.batch_tokens * TOKEN_BYTES))
 
     def _run(self, items: Iterable[Item], spec: StreamSpec) -> Iterator[Step]:
-        chunks = chunked(items, FIRST_CHUNK, self._most(spec))
+        chunks = chunked(items, FIRST_CHUNK, self._most(spec), self.data_workers)
         runner = ThreadPoolExecutor(1, "next-chunk")
         try:
             ahead = runner.submit(self._chunk, next(chunks, []), spec)
@@ -78,7 +78,7 @@ class RaySource:
         data = ray.data.from_items([piece._asdict() for piece in pieces], override_num_blocks=len(pieces))
         make = partial(_produce, spec=spec, rank=self.rank, world=self.world)
         return data.map_batches(
-            make, batch_size=None, batch_format="pyarrow", num_cpus=self.data_cpus, concurrency=TASKS
+            make, batch_size=None, batch_format="pyarrow", num_cpus=self.data_cpus, concurrency=self.data_workers
         ).to_arrow_refs()
 
 
@@ -94,14 +94,14 @@ def _produce(rows: pa.Table, spec: StreamSpec, rank: int, world: int) -> pa.Tabl
     return pa.concat_tables([table for item in items for table in produce(item, spec, rank, world)])
 
 
-def chunked(items: Iterable[Item], first: int, most: int) -> Iterator[list[Item]]:
+def chunked(items: Iterable[Item], first: int, most: int, tasks: int = 2) -> Iterator[list[Item]]:
     """Cut items into chunks of `first` steps, then four times as many each time, up to `most`; a chunk's steps are
-    dealt, in order, to TASKS pieces or more."""
+    dealt, in order, to `tasks` pieces or more."""
     size, room, chunk = first, first, list[Item]()
     for item in items:
         start = item.first
         while start < item.stop:
-            stop = min(item.stop, start + min(room, -(-size // TASKS)))
+            stop = min(item.stop, start + min(room, -(-size // tasks)))
             chunk.append(item._replace(first=start, stop=stop))
             room, start = room - (stop - start), stop
             if not room:

@@ -22,27 +22,31 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import hpgr.errors
 from hpgr.artifacts import Folder
-from hpgr.config import Config, validate
+from hpgr.config import validate
 from hpgr.data.preparation import Prepared
 from hpgr.data.stream import LocalSource
 from hpgr.errors import HpgrError, TrainingError
-from hpgr.on_ray.session import autoscales, cluster_cpus, quieten
+from hpgr.on_ray.cluster import here, wait_for
+from hpgr.on_ray.metrics import export
+from hpgr.on_ray.session import quieten
 from hpgr.on_ray.stream import RaySource
+from hpgr.sizing import training_ask
 from hpgr.training.two_stage import Run, Worker, train
 
 
 class Log:
-    """TensorBoard scalars; a remote run folder gets the files when the worker ends."""
+    """Figures to TensorBoard and to Ray's metrics; a remote run folder gets the files when the worker ends."""
 
     def __init__(self, folder: Folder, active: bool) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._folder = folder.sub("tensorboard")
+        self._run, self._folder = folder, folder.sub("tensorboard")
         self._local = Path(self._folder.path()[1]) if folder.is_local else Path(tempfile.mkdtemp())
         self._writer = SummaryWriter(str(self._local)) if active else None
 
     def __call__(self, stage: str, values: dict[str, float], step: int) -> None:
         if self._writer is not None:
+            export(self._run, stage, values)
             for name, value in values.items():
                 self._writer.add_scalar(f"{stage}/{name}", value, step)
 
@@ -69,13 +73,13 @@ def run_training(run: Run, say: Callable[[str], None]) -> dict[str, Any]:
         HpgrError: of the worker's kind, or a TrainingError with the cause.
     """
     resources = run.config.resources
-    if resources.workers == 0:
+    if resources.count == 0:
         torch.set_num_threads(os.cpu_count() or 1)
         return train_here(run, torch.device("cpu"), say, lambda _: None, test=True)
-    cpus = cpus_per_worker(run.config, cluster_cpus())
-    check_resources(run.config, cpus)
-    threads = max(1, int(cluster_cpus() // resources.workers))
-    return train_on_workers(run, say, Crew(cpus, threads))
+    ask = training_ask(resources, here())
+    wait_for(ask, resources.wait_minutes, say)
+    threads = max(1, int(sum(n.cpus * n.count for n in here().nodes) // resources.count))
+    return train_on_workers(run, say, Crew(ask.cpus, threads))
 
 
 def train_here(
@@ -146,24 +150,24 @@ def train_on_workers(run: Run, say: Callable[[str], None], crew: Crew) -> dict[s
     """Train on as many Ray Train workers as the config asks for; raises as `run_training`."""
     resources = run.config.resources
     # On the driver's own node: it must outlive every other.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    mailbox = ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
+    beside = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    mailbox = ray.remote(num_cpus=0, scheduling_strategy=beside)(Mailbox).remote()
     relay = _Relay(mailbox, say)
     thread = threading.Thread(target=relay.loop, daemon=True)
     payload = {
         "config": run.config.model_dump(mode="json"), "run": run.folder.uri, "prepared": run.prepared.folder.uri,
         "stage1": run.stage1 and run.stage1.uri, "index": run.index_folder.uri, "test": crew.test,
-        "mailbox": mailbox, "threads": None if resources.gpu else crew.threads,
+        "mailbox": mailbox, "threads": None if resources.on_gpu else crew.threads,
     }  # fmt: skip
     storage, filesystem = _storage(run.folder)
     trainer = TorchTrainer(
         _worker,
         train_loop_config=payload,
-        torch_config=TorchConfig(backend="nccl" if resources.gpu else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if resources.on_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=resources.workers,
-            use_gpu=resources.gpu,
-            resources_per_worker={"CPU": crew.cpus, **({"GPU": 1} if resources.gpu else {})},
+            num_workers=resources.count,
+            use_gpu=resources.on_gpu,
+            resources_per_worker={"CPU": crew.cpus, **({"GPU": 1} if resources.on_gpu else {})},
         ),
         run_config=ray.train.RunConfig(
             name="ray_train",
@@ -174,8 +178,8 @@ def train_on_workers(run: Run, say: Callable[[str], None], crew: Crew) -> dict[s
         ),
     )
     say(
-        f"train: starting {resources.workers} Ray Train worker(s), "
-        f"{crew.cpus:g} CPU{' and a GPU' if resources.gpu else ''} each"
+        f"train: starting {resources.count} Ray Train worker(s), "
+        f"{crew.cpus:g} CPU{' and a GPU' if resources.on_gpu else ''} each"
     )
     thread.start()
     failure: Exception | None = None
@@ -209,46 +213,17 @@ def _innermost(error: BaseException | None) -> str:
     return lines[-1].strip() if lines else type(error).__name__
 
 
-def cpus_per_worker(config: Config, cluster: float) -> float:
-    """CPUs a worker reserves: as configured, else an equal share with room left for two data tasks a worker."""
-    resources = config.resources
-    if resources.cpus_per_worker is not None:
-        return resources.cpus_per_worker
-    if cluster < 1:  # an autoscaling cluster that has started nothing yet
-        return 1.0
-    share = cluster / resources.workers - 2 * resources.data_cpus
-    return max(1.0, float(int(share))) if share >= 1 else max(0.25, round(share, 2))
-
-
-def check_resources(config: Config, cpus: float) -> None:
-    """Refuse at once what this cluster can never give; an autoscaling cluster is given the benefit of the doubt.
-
-    Raises:
-        HpgrError: what is asked for and what there is.
-    """
-    have = ray.cluster_resources()
-    workers = config.resources.workers
-    need = {"CPU": workers * cpus, "GPU": float(workers * config.resources.gpu)}
-    if autoscales():
-        return
-    for kind, amount in need.items():
-        if amount > have.get(kind, 0.0):
-            there = have.get(kind, 0.0)
-            raise HpgrError(f"resources: {workers} worker(s) need {amount:g} {kind}, the cluster has {there:g}; "
-                            "lower resources.workers or cpus_per_worker, or use a larger cluster")  # fmt: skip
-
-
 def _worker(payload: dict[str, Any]) -> None:
     quieten()
     config = validate(payload["config"])
     context = ray.train.get_context()
     rank, mailbox = context.get_world_rank(), payload["mailbox"]
     if payload["threads"]:
-        torch.set_num_threads(payload["threads"])
+        torch.set_num_threads(min(payload["threads"], os.cpu_count() or 1))
     stage1 = Folder(payload["stage1"]) if payload["stage1"] else None
     prepared = Prepared.open(Folder(payload["prepared"]))
     run = Run(config, Folder(payload["run"]), prepared, stage1, Folder(payload["index"]))
-    source = RaySource(rank, context.get_world_size(), config.resources.data_cpus)
+    source = RaySource(rank, context.get_world_size(), config.resources.data_cpus, config.resources.data_workers)
     log = Log(run.folder, active=rank == 0)
     say = lambda line: ray.get(mailbox.say.remote(line))
     try:

@@ -17,12 +17,13 @@ from hpgr.config import Config, validate
 from hpgr.data.preparation import Prepared, in_process
 from hpgr.data.stream import build_index
 from hpgr.errors import HpgrError
+from hpgr.on_ray.cluster import here
+from hpgr.on_ray.journal import journal
 from hpgr.on_ray.session import quieten
 from hpgr.on_ray.train import Crew, train_here, train_on_workers
+from hpgr.sizing import Ask, refuse_impossible, room
 from hpgr.training.two_stage import INDEXES, Run
 
-DATA_TASKS = 2
-"""Data tasks beside each Ray Train worker of a trial."""
 DONE, FAILED = "done", "failed"
 """Last report of a trial: `stage` is one of these."""
 
@@ -38,29 +39,48 @@ class Place:
 
 def cpus_of(config: Config) -> float:
     """CPUs of a worker of a trial: one unless configured."""
-    return config.resources.cpus_per_worker or 1.0
+    cpus = config.resources.cpus_per_worker
+    return cpus if isinstance(cpus, float) else 1.0
 
 
 def nested(config: Config) -> bool:
     """Whether a trial starts Ray Train workers; with one it trains in the trial's own process, which is quicker."""
-    return config.resources.workers > 1
+    return config.resources.count > 1
 
 
 def demand(config: Config) -> dict[str, float]:
     """Resources of a whole trial."""
     resources, cpus = config.resources, cpus_of(config)
     if not nested(config):
-        return {"CPU": cpus, **({"GPU": 1.0} if resources.gpu else {})}
-    data = DATA_TASKS * resources.data_cpus
+        return {"CPU": cpus, **({"GPU": 1.0} if resources.on_gpu else {})}
+    data = resources.data_workers * resources.data_cpus
     return {
-        "CPU": resources.workers * (cpus + data),
-        **({"GPU": float(resources.workers)} if resources.gpu else {}),
+        "CPU": resources.count * (cpus + data),
+        **({"GPU": float(resources.count)} if resources.on_gpu else {}),
     }
 
 
 def reserved(config: Config) -> dict[str, float]:
     """Resources that Tune reserves: a trial that starts workers is itself next to nothing."""
     return {"CPU": 0.01} if nested(config) else demand(config)
+
+
+def refuse_never(config: Config, what: str) -> int | None:
+    """How many whole trials or cells the cluster takes at once; None if its autoscaler does not say.
+
+    Raises:
+        ConfigError: it can never run one.
+    """
+    cluster, resources = here(), config.resources
+    beside = resources.data_cpus if nested(config) else 0.0
+    keys = "resources.workers or resources.cpus_per_worker"
+    ask = Ask(f"worker of a {what}", keys, max(1, resources.count), cpus_of(config), float(resources.on_gpu), beside)
+    refuse_impossible(cluster, ask)
+    if cluster.is_silent:
+        return None
+    need = demand(config)
+    by_cpu = int(sum(n.cpus * n.count for n in cluster.reach) // need["CPU"])
+    return max(1, min(by_cpu, room(cluster.reach, ask) // ask.count))
 
 
 def trial(settings: dict[str, Any], place: Place) -> None:
@@ -105,9 +125,10 @@ def index_of(config: Config, place: Place) -> Folder:
 
 def _trained(run: Run, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     config, threads = run.config, max(1, int(cpus_of(run.config)))
-    if nested(config):
-        crew = Crew(cpus_of(config), threads, [TuneReportCallback()], test=False)
-        return train_on_workers(run, partial(print, flush=True), crew)
-    torch.set_num_threads(threads)
-    device = torch.device("cuda" if config.resources.gpu else "cpu")
-    return train_here(run, device, partial(print, flush=True), report, test=False)
+    with journal(run.folder, partial(print, flush=True)) as say:
+        if nested(config):
+            crew = Crew(cpus_of(config), threads, [TuneReportCallback()], test=False)
+            return train_on_workers(run, say, crew)
+        torch.set_num_threads(threads)
+        device = torch.device("cuda" if config.resources.on_gpu else "cpu")
+        return train_here(run, device, say, report, test=False)

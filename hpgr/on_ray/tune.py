@@ -19,13 +19,14 @@ from rich.text import Text
 from hpgr.artifacts import FORMAT, Folder, absolute, check_format
 from hpgr.config import Config, dump, to_yaml, validate
 from hpgr.data.stream import build_index
-from hpgr.errors import ArtifactError, ConfigError, HpgrError, TrainingError
+from hpgr.errors import ArtifactError, ConfigError, TrainingError
 from hpgr.locks import held
+from hpgr.on_ray.cluster import here, settle
 from hpgr.on_ray.parallel import RayExecute
 from hpgr.on_ray.pipeline import Request, Say, prepared_log, two_stage, versions
 from hpgr.on_ray.searcher import Clock, StudySearcher, asha
-from hpgr.on_ray.session import most_cpus, session
-from hpgr.on_ray.trials import Place, demand, index_of, nested, reserved, trial
+from hpgr.on_ray.session import session
+from hpgr.on_ray.trials import Place, demand, index_of, nested, refuse_never, reserved, trial
 from hpgr.report.search import board, render_search
 from hpgr.report.trials import Dimension, SearchData, TrialRow
 from hpgr.search import space as spaces
@@ -65,6 +66,7 @@ def search(request: SearchRequest, say: Say) -> tuple[dict[str, Any], SearchData
 def _search(request: SearchRequest, say: Say) -> tuple[dict[str, Any], SearchData]:
     config, space, folder = open_search(request)
     with session(say):
+        config = settle(config, here(), say)
         most = room(config, space)
         execute = RayExecute(say)
         prepared = prepared_log(config, execute, say)
@@ -83,17 +85,12 @@ def room(config: Config, space: Space) -> int:
     """How many trials may run at once.
 
     Raises:
-        HpgrError: the cluster can never run one.
+        ConfigError: the cluster can never run one.
     """
-    need, have = demand(config), most_cpus()
+    most = refuse_never(config, "trial")
     if space.concurrency is not None:
         return space.concurrency
-    if have is None:
-        return UNKNOWN_ROOM
-    if need["CPU"] > have:
-        raise HpgrError(f"resources: a trial needs {need['CPU']:g} CPU, the cluster has {have:g}; lower "
-                        "resources.workers or resources.cpus_per_worker")  # fmt: skip
-    return max(1, int(have // need["CPU"]))
+    return UNKNOWN_ROOM if most is None else most
 
 
 def open_search(request: SearchRequest) -> tuple[Config, Space, Folder]:
@@ -193,7 +190,7 @@ class _Search:
             return
         each = f"{demand(self.config)['CPU']:g} CPU"
         if nested(self.config):
-            each = f"{self.config.resources.workers} Ray Train workers, {each} in all"
+            each = f"{self.config.resources.count} Ray Train workers, {each} in all"
         self.say(f"search: {self.space.budget.trials} trials, up to {most} at once, each with {each}")
         try:
             self._tuner(searcher, most).fit()
@@ -245,7 +242,7 @@ class _Search:
                 run.write(f"index/{name}", windows.read(name))
         self.say(f"search: testing trial {best}, the best")
         config = draw.config
-        if not nested(config) and not config.resources.gpu:
+        if not nested(config) and not config.resources.on_gpu:
             here = config.resources.model_copy(update={"workers": 0})
             config = config.model_copy(update={"resources": here})
         metrics, _ = two_stage(Request(run.uri, config, run.exists("run.json")), lambda _: None)

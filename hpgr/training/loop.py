@@ -22,10 +22,15 @@ from hpgr.model.inputs import pad
 from hpgr.model.noise import Noise
 from hpgr.schema import Batch
 from hpgr.training import checkpoint, distributed
+from hpgr.training.meter import Meter, counts_of
 from hpgr.training.optimiser import make_optimiser, make_schedule
 from hpgr.training.stage import Stage
 
-SAY_EVERY_SECONDS = 10.0
+TELL_EVERY_SECONDS = 10.0
+"""How often figures go to those who watch."""
+SAY_SHARE, SAY_AT_LEAST_EVERY = 0.2, 600.0
+"""A line comes when the stage has grown by this share since the last one, so that a log of hours still reads well; and
+after so many seconds in any case."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,8 @@ class _Loop:
         self.checkpoints = context.folder.sub("checkpoints")
         self._restore()
         self.parallel = distributed.wrap(self.model, context.device)
-        self.spoken = time.monotonic()
+        self.meter, self.trained = Meter(), 0
+        self.began = self.told = self.spoken = time.monotonic()
 
     def run(self) -> Progress:
         """Train what is left, then load the best weights."""
@@ -130,13 +136,15 @@ class _Loop:
 
     def _train(self) -> None:
         p, stage = self.progress, self.stage
-        mark = time.monotonic()
+        mark = self.began = self.told = self.spoken = time.monotonic()
         for step in self.context.source.steps(stage.stream, range(p.epoch, stage.epochs), p.step):
-            p.waited += time.monotonic() - mark
+            waited = time.monotonic() - mark
             self._step(step)
             last = step.step + 1 == step.steps
             p.epoch, p.step = (step.epoch + 1, 0) if last else (step.epoch, step.step + 1)
-            p.seconds += time.monotonic() - mark
+            took = time.monotonic() - mark
+            p.waited, p.seconds = p.waited + waited, p.seconds + took
+            self.meter.time(took, waited)
             self._milestone(last)
             if p.stale >= stage.patience:
                 self.context.say(f"{stage.name}: no better {stage.metric} for {p.stale} validations, stopping")
@@ -154,13 +162,29 @@ class _Loop:
             self._save()
 
     def _speak(self, step: Step) -> None:
-        p = self.progress
-        if p.step and time.monotonic() - self.spoken > SAY_EVERY_SECONDS:
-            self.spoken = time.monotonic()
-            self.context.say(
-                f"{self.stage.name}: epoch {step.epoch + 1}/{self.stage.epochs} step {step.step + 1}/{step.steps} "
-                f"loss {p.loss_sum / max(1.0, p.loss_count):.4f} data wait {p.waited / p.seconds:.1%}"
-            )
+        """Now and then figures for those who watch, and more seldom a line for those who read the log later."""
+        now = time.monotonic()
+        if now - self.told <= TELL_EVERY_SECONDS:
+            return
+        self.told, figures = now, self._take()
+        if not figures:
+            return
+        self.context.log(self.stage.name, figures, self.progress.global_step)
+        since = now - self.began
+        if now - self.spoken <= min(SAY_SHARE * since, SAY_AT_LEAST_EVERY):
+            return
+        self.spoken = now
+        left = since / self.trained * (self.stage.epochs * self.steps - self.progress.global_step)
+        self.context.say(
+            f"{self.stage.name}: epoch {step.epoch + 1}/{self.stage.epochs} step {step.step + 1}/{step.steps} "
+            f"loss {figures['loss']:.4f} {figures['tokens_per_second']:,.0f} tokens/s "
+            f"data wait {figures['data_wait_share']:.1%} at most {_duration(left)} to go"
+        )
+
+    def _take(self) -> dict[str, float]:
+        """Figures since the last time."""
+        figures, self.meter = self.meter.figures(), Meter()
+        return figures
 
     def _forward(self, batch: Batch, step: int) -> Any:
         self.parallel.train() if hasattr(self, "parallel") else self.model.train()
@@ -175,7 +199,9 @@ class _Loop:
         output = self._forward(step.batch, p.global_step)
         real = float(step.real)
         sums = torch.stack([output.loss.detach().double() * real, output.terms.double() * real]).cpu()
-        total, count = distributed.sum_over_workers(sums.to(self.context.device)).tolist()
+        counts = torch.tensor(counts_of(step.batch), dtype=torch.float64) * real
+        sums = torch.cat([sums, counts]).to(self.context.device)
+        total, count, *counted = distributed.sum_over_workers(sums).tolist()
         self._check("loss", total, step)
         # DDP averages over workers, so a sum divided once by the global count needs their number as factor.
         (output.loss * (real * distributed.world() / max(count, 1.0))).backward()
@@ -185,6 +211,8 @@ class _Loop:
         self.schedule.step()
         self.optimiser.zero_grad(set_to_none=True)
         p.global_step += 1
+        self.trained += 1
+        self.meter.add(total, count, counted)
         p.loss_sum, p.loss_count = p.loss_sum + total, p.loss_count + count
 
     def _check(self, name: str, value: float, step: Step) -> None:
@@ -197,6 +225,7 @@ class _Loop:
 
     def _validate(self) -> None:
         p, stage = self.progress, self.stage
+        pace = self._take()
         self.model.eval()
         with torch.no_grad(), self.context.autocast():
             figures = stage.validate(self.context.source, self.context.device)
@@ -220,7 +249,7 @@ class _Loop:
             f"{stage.name}: epoch {p.epoch} step {p.global_step} loss {sums['train_loss']:.4f} | "
             f"validation {shown}{' *' if better else ''}"
         )
-        scalars = sums | {f"validation/{k}": float(v) for k, v in known.items()}
+        scalars = sums | pace | {f"validation/{k}": float(v) for k, v in known.items()}
         self.context.log(stage.name, scalars, p.global_step)
         progress = p.epoch + p.step / self.steps
         told = {"stage": stage.name, "epoch": p.epoch, "progress": progress, "step": p.global_step, **known}
@@ -248,6 +277,14 @@ class _Loop:
 
     def _tensors(self) -> dict[str, Tensor]:
         return dict(self.model.state_dict())
+
+
+def _duration(seconds: float) -> str:
+    """The largest two units: 45 s, 3 min 20 s, 2 h 5 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _stage_number(name: str) -> int:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -32,12 +33,25 @@ def tiny(folder: Path, *more: str) -> list[str]:
     return [word for value in values for word in ("--set", value)]
 
 
+def assert_reads_well(job: subprocess.CompletedProcess[str], folder: Path) -> None:
+    """What a job wrote into pipes, as `ray job logs` shows it, is its own story alone, on two screens."""
+    assert job.stderr == ""
+    lines = job.stdout.splitlines()
+    assert len(lines) < 100
+    assert [line for line in lines if len(line) > 120 and str(folder) not in line] == []
+    for line in takewhile(lambda line: not line.startswith("data  "), filter(None, lines)):
+        assert re.fullmatch(r"\[ *[\d.]+s\] [\w-]+: .+", line), line
+    for noise in ("\r", "\x1b", "Warning", "WARNING", "INFO", "pid=", "Traceback", "it/s]"):
+        assert noise not in job.stdout, noise
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A finished run's folder, and what its job printed."""
     folder = tmp_path_factory.mktemp("job")
     done = run("two_stage.py", *tiny(folder), "--run", "first", cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert_reads_well(done, folder)
     return folder / "first", done.stdout
 
 
@@ -79,6 +93,33 @@ def test_the_summary_fits_a_screen_and_names_the_results(finished: tuple[Path, s
     assert len(summary) <= 24
     assert str(finished[0] / "report.html") in text
     assert any("python jobs/two_stage.py" in line for line in summary)
+
+
+@pytest.mark.slow
+def test_a_run_on_ray_train_reads_well_and_is_written_down_too(tmp_path: Path) -> None:
+    arguments = tiny(tmp_path, "resources.workers=auto", "resources.gpu=auto", "resources.cpus_per_worker=auto")
+    done = run("two_stage.py", *arguments, "--run", "one", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_reads_well(done, tmp_path)
+    assert "resources: auto is 1 worker(s), no GPU" in done.stdout
+    rows = [json.loads(line) for line in (tmp_path / "one/log.jsonl").read_text().splitlines()]
+    assert {"prepare", "train", "stage1", "stage2"} <= {row["stage"] for row in rows}
+    assert {row["run"] for row in rows} == {"one"}
+    said = [line.partition("] ")[2] for line in done.stdout.splitlines() if line.startswith("[")]
+    assert [f"{row['stage']}: {row['text']}" for row in rows if row["stage"]] == [
+        line for line in said if line.partition(": ")[0] in {row["stage"] for row in rows}
+    ]
+
+
+def test_an_impossible_wish_ends_at_once_with_the_key_to_lower(finished: tuple[Path, str]) -> None:
+    folder = finished[0].parent
+    start = time.monotonic()
+    refused = run("two_stage.py", *tiny(folder, "resources.workers=999"), "--run", "never", cwd=folder)
+    assert refused.returncode == 2
+    assert "can never be had" in refused.stderr
+    assert "lower resources.workers" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert time.monotonic() - start < 120
 
 
 def test_same_seed_same_metrics_and_the_prepared_log_is_reused(finished: tuple[Path, str]) -> None:
