@@ -18,6 +18,7 @@ import torch
 
 from hpgr.data.preparation import Prepared, in_process
 from hpgr.scoring import job, output
+from hpgr.scoring.export import export_run
 from hpgr.scoring.finished import open_finished
 from hpgr.scoring.request import Request
 
@@ -106,6 +107,10 @@ class Scorer:
         """
         some = None if users is None else tuple(str(user) for user in users)
         return self._scored(partial(self._shards, users=some), top_n=n, at=at, drop_seen=drop_seen).to_pandas()
+
+    def export(self, path: str | Path) -> dict[str, Any]:
+        """Write the ranker for `torch.export.load`, with a manifest of its inputs; see `hpgr.scoring.export`."""
+        return export_run(open_finished(self._run, self._prepared), str(path))
 
     def _scored(self, score: job.Score, **wish: Any) -> pa.Table:
         """The scores of a batch job in a temporary folder."""
