@@ -64,7 +64,7 @@ class Sem(nn.Module):
         return encoded, self._context(encoded, x, causal, noise)
 
     def _context(self, encoded: Tensor, x: Inputs, causal: Tensor, noise: Noise | None) -> Tensor:
-        n = round_up(int(x.h_session.max()) + 1)
+        n = most_sessions(x)
         member = (x.h_session[:, None, :] == torch.arange(n, device=encoded.device)[:, None]) & x.h_real[:, None, :]
         member_BSN = member.to(encoded.dtype)
         size = member_BSN.sum(-1, keepdim=True)
@@ -76,6 +76,11 @@ class Sem(nn.Module):
         shifted = F.pad(summary, (0, 0, 1, 0))[:, :-1]
         summary = torch.where(causal[:, None, None], shifted, summary)
         return member_BSN.transpose(1, 2) @ summary
+
+
+def most_sessions(x: Inputs) -> int:
+    """S, at least the sessions of any row. An exported program may not look at values: it has a place an event."""
+    return x.h_session.shape[1] if torch.compiler.is_exporting() else round_up(int(x.h_session.max()) + 1)
 
 
 def places_in_session(session: Tensor) -> Tensor:
