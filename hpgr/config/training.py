@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from hpgr.config.base import Count, Natural, Positive, Section, Share
 
@@ -120,3 +121,19 @@ class Checkpoints(Section):
     """0 writes at each validation only."""
     keep: Count = 2
     """Newest checkpoints to keep of each stage."""
+
+
+class Tracking(Section):
+    mlflow: str | None = None
+    """Address of an MLflow tracking server or database (http://, https://, sqlite:///) at which finished runs and
+    searches are recorded; needs the extra `mlflow`. Keys to it come from MLflow's own environment variables."""
+
+    @field_validator("mlflow")
+    @classmethod
+    def _holds_no_key(cls, value: str | None) -> str | None:
+        if value is not None and "@" in urlsplit(value).netloc:
+            raise ValueError(
+                "the address holds a key, which every record of the run would repeat; leave it out and set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+            )
+        return value

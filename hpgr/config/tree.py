@@ -7,7 +7,7 @@ from pydantic import model_validator
 from hpgr.config.base import Natural, Section
 from hpgr.config.data import Data, Stream
 from hpgr.config.model import Model
-from hpgr.config.training import Checkpoints, Evaluation, Resources, Stage1, Stage2
+from hpgr.config.training import Checkpoints, Evaluation, Resources, Stage1, Stage2, Tracking
 
 
 class Config(Section):
@@ -23,6 +23,7 @@ class Config(Section):
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpoints = Checkpoints()
     resources: Resources = Resources()
+    tracking: Tracking = Tracking()
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:

@@ -45,7 +45,7 @@ from hpgr.training.two_stage import INDEXES, stage_key
 BOARD_EVERY_SECONDS, REDRAW_EVERY_SECONDS = 60.0, 2.0
 UNKNOWN_ROOM = 8
 """Cells at once on a cluster whose autoscaler does not say how far it goes, and the matrix neither."""
-FREE_ON_RESUME = ("resources", "checkpoints")
+FREE_ON_RESUME = ("resources", "checkpoints", "tracking")
 CLOCK = "clock.json"
 
 

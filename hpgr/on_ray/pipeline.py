@@ -29,6 +29,7 @@ from hpgr.on_ray.cluster import here, settle, wait_for
 from hpgr.on_ray.journal import journal
 from hpgr.on_ray.parallel import RayExecute
 from hpgr.on_ray.session import session
+from hpgr.on_ray.tracking import check_tracking, record_run
 from hpgr.on_ray.train import Log, run_training
 from hpgr.report.run import ReportData, render_report
 from hpgr.schema import SECOND, Timelines
@@ -36,7 +37,7 @@ from hpgr.sizing import Ask, refuse_impossible, training_ask
 from hpgr.training.two_stage import INDEXES, Run
 
 Say = Callable[[str], None]
-FREE_ON_RESUME = ("resources", "checkpoints")
+FREE_ON_RESUME = ("resources", "checkpoints", "tracking")
 """Sections that may differ when a run goes on: they change no result."""
 
 
@@ -71,7 +72,8 @@ def open_run(request: Request) -> tuple[Config, Folder]:
     config = validate(stored["config"])
     if request.config is None:
         return config, folder
-    changed = [k for k, v in dump(request.config).items() if v != stored["config"][k] and k not in FREE_ON_RESUME]
+    old = dump(config)
+    changed = [k for k, v in dump(request.config).items() if v != old[k] and k not in FREE_ON_RESUME]
     if changed:
         raise ConfigError(f"--resume goes on with the run's own settings, but {', '.join(changed)} differ(s) from "
                           f"{folder.uri}/config.yaml; leave --config and --set out, or start another run")  # fmt: skip
@@ -91,6 +93,7 @@ def two_stage(request: Request, say: Say) -> tuple[dict[str, Any], str]:
 def _two_stage(request: Request, say: Say) -> tuple[dict[str, Any], str]:
     start = time.monotonic()
     config, folder = open_run(request)
+    check_tracking(config)
     if folder.exists("metrics.json"):
         say(f"{folder.uri}: this run has finished; nothing to do")
         return folder.read_json("metrics.json"), folder.uri
@@ -118,6 +121,7 @@ def _two_stage(request: Request, say: Say) -> tuple[dict[str, Any], str]:
     folder.write_json("curves.json", curves)
     folder.write("report.html", _report(run, metrics, curves, statistics).encode())
     folder.write_json("metrics.json", metrics)
+    record_run(config, folder, metrics, curves, say)
     return metrics, folder.uri
 
 

@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.text import Text
 
 from hpgr.artifacts import FORMAT, Folder, absolute, check_format
-from hpgr.config import Config, dump, to_yaml, validate
+from hpgr.config import Config, Tracking, dump, to_yaml, validate
 from hpgr.data.stream import build_index
 from hpgr.errors import ArtifactError, ConfigError, TrainingError
 from hpgr.locks import held
@@ -26,6 +26,7 @@ from hpgr.on_ray.parallel import RayExecute
 from hpgr.on_ray.pipeline import Request, Say, prepared_log, two_stage, versions
 from hpgr.on_ray.searcher import Clock, StudySearcher, asha
 from hpgr.on_ray.session import session
+from hpgr.on_ray.tracking import check_tracking, record_search
 from hpgr.on_ray.trials import Place, demand, index_of, nested, refuse_never, reserved, trial
 from hpgr.report.search import board, render_search
 from hpgr.report.trials import Dimension, SearchData, TrialRow
@@ -39,7 +40,7 @@ BOARD_EVERY_SECONDS = 60.0
 """How often the table is printed where it cannot be redrawn in place."""
 UNKNOWN_ROOM = 8
 """Trials at once on a cluster whose autoscaler does not say how far it goes, and the space neither."""
-FREE_ON_RESUME = ("resources", "checkpoints")
+FREE_ON_RESUME = ("resources", "checkpoints", "tracking")
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ def search(request: SearchRequest, say: Say) -> tuple[dict[str, Any], SearchData
 
 def _search(request: SearchRequest, say: Say) -> tuple[dict[str, Any], SearchData]:
     config, space, folder = open_search(request)
+    check_tracking(config)
     with session(say):
         config = settle(config, here(), say)
         most = room(config, space)
@@ -143,8 +145,8 @@ def _refuse_change(stored: dict[str, Any], request: SearchRequest) -> None:
     """Only resources and the budget of a search may change when it goes on."""
     changed = []
     if request.config is not None:
-        new = dump(request.config)
-        changed += [k for k, v in new.items() if v != stored["config"][k] and k not in FREE_ON_RESUME]
+        before, new = dump(validate(stored["config"])), dump(request.config)
+        changed += [k for k, v in new.items() if v != before[k] and k not in FREE_ON_RESUME]
     if request.space is not None:
         old, now = parse_space(stored["space"]).model_dump(), request.space.model_dump()
         changed += [f"space.{k}" for k in old if old[k] != now[k] and k not in ("budget", "concurrency")]
@@ -245,6 +247,7 @@ class _Search:
         if not nested(config) and not config.resources.on_gpu:
             here = config.resources.model_copy(update={"workers": 0})
             config = config.model_copy(update={"resources": here})
+        config = config.model_copy(update={"tracking": Tracking()})
         metrics, _ = two_stage(Request(run.uri, config, run.exists("run.json")), lambda _: None)
         return best, metrics
 
@@ -268,6 +271,7 @@ class _Search:
         self.folder.write("best.yaml", to_yaml(draw.config).encode())
         self.folder.write("report.html", render_search(data).encode())
         self.folder.write_json("search.json", result)
+        record_search(self.config, self.folder, result, self.say)
         return result, data
 
     def data(self, best: int | None, test: dict[str, Any]) -> SearchData:

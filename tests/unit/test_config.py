@@ -66,7 +66,7 @@ def test_all_faults_are_told_at_once() -> None:
     [
         ({"mode": {}}, "mode: unknown key; did you mean model?"),
         ({"zzz": 1}, "zzz: unknown key; allowed: checkpoints, data, evaluation, model, name, resources, seed, stage1, "
-                     "stage2, stream"),
+                     "stage2, stream, tracking"),
         ({"checkpoints": {"qqq": 1}}, "checkpoints.qqq: unknown key; allowed: every_steps, keep"),
         ({"stage1": {"optimiser": {"learning_rate": 1}}},
          "stage1.optimiser.learning_rate: unknown key; allowed: clip_norm, final_lr_share, lr, warmup_steps, "
