@@ -59,13 +59,16 @@ def print_config(config: Config) -> None:
 
 
 @contextmanager
-def resumable(argv: Sequence[str], *more: str) -> Iterator[None]:
-    """Work that the same command goes on with, with the words `more` where it lacks them.
+def resumable(argv: Sequence[str], run: str | None = None) -> Iterator[None]:
+    """Work that the same command goes on with; with --resume and the folder `run`, if that is given.
 
     However it ends before its end, it says so and names the command: exceptions carry it as a note, and a process
     that is killed has its last word said for it.
     """
-    words = ["python", sys.argv[0], *argv, *(() if set(more) <= set(argv) else more)]
+    words = ["python", sys.argv[0], *argv]
+    if run is not None:
+        words += [] if "--run" in argv else ["--run", run]
+        words += [] if "--resume" in argv else ["--resume"]
     on = f"to go on: {shlex.join(words)}"
     submitted = " (submitted as before)" if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") else ""
     with last_word(f"error: the job has died: it was killed, or lost its Ray (raylet or GCS gone); {on}{submitted}"):

@@ -19,7 +19,7 @@ sys.path.insert(0, {root!r})
 from hpgr.errors import ArtifactError, StoreError
 from hpgr.on_ray import command
 def job(argv):
-    with command.resumable(argv, "--run", "a b", "--resume"):
+    with command.resumable(argv, "a b"):
         {body}
 command.main(job)
 """
@@ -63,7 +63,9 @@ def test_a_job_that_ends_by_itself_names_the_command_once_if_it_can_go_on(body: 
 
 
 def test_what_was_typed_is_not_repeated() -> None:
-    assert "to go on: python -c --resume --run x" in ended("os._exit(1)", "--resume", "--run", "x").stderr
+    for words in ["--resume --run x", "--run x --resume"]:
+        assert ended("os._exit(1)", *words.split()).stderr.endswith(f"to go on: python -c {words}\n")
+    assert ended("os._exit(1)", "--run", "x").stderr.endswith("to go on: python -c --run x --resume\n")
 
 
 def typed(job: Job) -> list[str]:
