@@ -17,13 +17,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 3 MB, full but for 300 KB."""
+    """A file system of 32 MB, full but for 300 KB."""
     folder = tmp_path / "small"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("a small file system cannot be mounted here")
-    (folder / "ballast").write_bytes(bytes(2700 << 10))
+    (folder / "ballast").write_bytes(bytes((32 << 20) - (300 << 10)))
     try:
         yield folder
     finally:
@@ -52,5 +52,6 @@ def test_a_run_goes_on_once_there_is_room(small_disk: Path, tmp_path: Path) -> N
     on_it = next(line for line in job.said().splitlines() if line.startswith("to go on: python "))
     (small_disk / "ballast").unlink()
     words = [sys.executable, *shlex.split(on_it.removeprefix("to go on: python "))]
-    subprocess.run(words, cwd=job.cwd, check=True, capture_output=True, timeout=400)
+    done = subprocess.run(words, cwd=job.cwd, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr
     assert close(outcome(job), outcome(alone))
