@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from hpgr.errors import ArtifactError
+from hpgr.errors import ArtifactError, StoreError
 
 FORMAT = 1
 """Version of run folders and prepared logs; a folder of another version is refused, never guessed at."""
@@ -49,11 +49,13 @@ def absolute(path: str) -> str:
 
 @contextmanager
 def refusal(verb: str, path: str, remedy: str = "") -> Iterator[None]:
-    """Turns what a disk or store refuses into an ArtifactError: cannot <verb> <path>, the reason, the remedy."""
+    """Turns what a disk or store refuses into a StoreError, or a plain ArtifactError if there is just no such file:
+    cannot <verb> <path>, the reason, the remedy."""
     try:
         yield
     except (OSError, pa.ArrowException) as error:
-        raise ArtifactError(f"cannot {verb} {path}: {error}{remedy}") from None
+        kind = ArtifactError if isinstance(error, FileNotFoundError) else StoreError
+        raise kind(f"cannot {verb} {path}: {error}{remedy}") from None
 
 
 @dataclass(frozen=True)

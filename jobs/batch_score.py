@@ -28,7 +28,8 @@ def job(argv: Sequence[str]) -> None:
 
     wish = Wish(**{name: getattr(arguments, name) for name in Wish.__dataclass_fields__})
     least, most = workers(arguments.workers) if arguments.workers else (None, None)
-    summary = batch_score(wish, Pool(least, most, arguments.gpu), command.say)
+    with command.resumable(argv):
+        summary = batch_score(wish, Pool(least, most, arguments.gpu), command.say)
     print("\n".join(["", *account_lines(summary), *next_commands(summary)]), flush=True)
 
 

@@ -42,7 +42,8 @@ def job(argv: Sequence[str]) -> None:
     from hpgr.report.compare import compare_summary
 
     run = arguments.run or command.new_run(plan.matrix.name)
-    _, data = compare(CompareRequest(run, plan, arguments.resume), command.say)
+    with command.resumable(argv, run):
+        _, data = compare(CompareRequest(run, plan, arguments.resume), command.say)
     print(compare_summary(data, next_commands(data.run)), flush=True)
     return None
 

@@ -23,7 +23,8 @@ def job(argv: Sequence[str]) -> None:
 
     from hpgr.on_ray.pipeline import prepare_only
 
-    prepared = prepare_only(config, command.say)
+    with command.resumable(argv):
+        prepared = prepare_only(config, command.say)
     account = prepared.manifest["account"]
     for name, part in account["splits"].items():
         print(f"{name:<12}{part['impressions']:,} impressions, {part['positives']:,} clicks")

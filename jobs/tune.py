@@ -45,7 +45,8 @@ def job(argv: Sequence[str]) -> None:
     space = load_space(arguments.space, own) if arguments.space else stored_space(arguments.run, own)
     run = arguments.run or command.new_run(space.name if space else "search")
     request = SearchRequest(run, config, space, arguments.resume)
-    result, data = search(request, command.say)
+    with command.resumable(argv, run):
+        result, data = search(request, command.say)
     print(search_summary(data, next_commands(data.run, result["best"]["run"])), flush=True)
     return None
 

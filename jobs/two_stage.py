@@ -34,7 +34,8 @@ def job(argv: Sequence[str]) -> None:
     from hpgr.report.run import summary_text
 
     run = arguments.run or command.new_run(config.name if config else "run")
-    metrics, folder = two_stage(Request(run, config, arguments.resume), command.say)
+    with command.resumable(argv, run):
+        metrics, folder = two_stage(Request(run, config, arguments.resume), command.say)
     print(summary_text(metrics, folder, next_commands(folder)), flush=True)
     return None
 

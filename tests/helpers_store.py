@@ -65,16 +65,29 @@ def gate(endpoint: str, weather: Weather) -> Iterator[str]:
         protocol_version = "HTTP/1.1"
 
         def forward(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            body = self.body()
             time.sleep(weather.delay)
             if weather.refuses():
                 return self.answer(503, [], b"<Error><Code>SlowDown</Code><Message>Slow down</Message></Error>")
             connection = http.client.HTTPConnection(target, timeout=60)
-            connection.request(self.command, self.path, body, dict(self.headers))
+            headers = {k: v for k, v in self.headers.items() if k.lower() not in ("transfer-encoding", "expect")}
+            connection.request(self.command, self.path, body, headers | {"Content-Length": str(len(body))})
             reply = connection.getresponse()
             content = reply.read()
             connection.close()
             return self.answer(reply.status, reply.getheaders(), content)
+
+        def body(self) -> bytes:
+            """All of it: pyarrow uploads in chunks, whose length comes before each."""
+            if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+                return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            parts = []
+            while size := int(self.rfile.readline().partition(b";")[0], 16):
+                parts.append(self.rfile.read(size))
+                self.rfile.readline()
+            while self.rfile.readline().strip():
+                pass  # trailers
+            return b"".join(parts)
 
         def answer(self, status: int, headers: list[tuple[str, str]], content: bytes) -> None:
             self.send_response_only(status)

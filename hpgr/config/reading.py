@@ -13,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from hpgr.config.base import Section
+from hpgr.config.plain import plain_mapping, plain_value
 from hpgr.config.tree import Config
 from hpgr.errors import ConfigError
 
@@ -23,19 +24,17 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     Raises:
         ConfigError: with one line a fault: dotted path, what was got, what is allowed, the nearest key for a typo.
     """
-    raw: Any = {}
+    raw: dict[str, Any] = {}
     if path is not None:
         try:
-            raw = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            text = Path(path).read_text(encoding="utf-8")
         except OSError as error:
             raise ConfigError(
                 f"cannot read config {path}: {error.strerror or error}; give an existing YAML file"
             ) from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
             raise ConfigError(f"config {path} is not YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"config {path}: got a {type(raw).__name__}, expected a mapping of keys")
-    raw = copy.deepcopy(raw)
+        raw = copy.deepcopy(plain_mapping(text, f"config {path}"))
     faults = [fault for text in overrides if (fault := override(raw, text))]
     return validate(raw, faults)
 
@@ -57,8 +56,8 @@ def override(raw: dict[str, Any], text: str) -> str | None:
     if not equals or not all(key.split(".")):
         return f"--set {text!r}: expected a.b=value"
     try:
-        parsed = _number(yaml.safe_load(value))
-    except yaml.YAMLError:
+        parsed = _number(plain_value(value))
+    except ValueError:
         return f"--set {text!r}: {value!r} is not a YAML value"
     node = raw
     *parents, last = key.split(".")

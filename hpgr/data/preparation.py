@@ -36,7 +36,7 @@ from hpgr.data.synthetic import write_log
 from hpgr.data.timelines import encode, features_of, training_rows
 from hpgr.data.validation import USER_HASH, empty_rows, needed_columns, validate
 from hpgr.data.vocabulary import Vocabulary, count, merge
-from hpgr.errors import ArtifactError, ConfigError, DataError
+from hpgr.errors import ArtifactError, ConfigError, DataError, StoreError
 from hpgr.locks import held
 from hpgr.schema import SECOND
 
@@ -313,7 +313,7 @@ def writing(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ArtifactError(f"cannot write {path}: {error}; check space and permissions") from None
+        raise StoreError(f"cannot write {path}: {error}; check space and permissions") from None
 
 
 @contextmanager

@@ -121,7 +121,7 @@ def fragments(files: Sequence[SourceFile], columns: Sequence[str]) -> list[Fragm
     """Cut files into pieces of about FRAGMENT_ROWS rows and check that their columns are there.
 
     Raises:
-        DataError: a file is cut short or of another format, or a column is missing.
+        DataError: a file is cut short or of another format, or a column is missing or there twice.
     """
     out: list[Fragment] = []
     for index, file in enumerate(files):
@@ -130,6 +130,10 @@ def fragments(files: Sequence[SourceFile], columns: Sequence[str]) -> list[Fragm
         if missing:
             raise DataError(f"{file.uri}: no column {', '.join(map(repr, missing))}; it has {', '.join(names or [])}; "
                             "set data.columns and data.features to match")  # fmt: skip
+        twice = [c for c in columns if names is not None and names.count(c) > 1]
+        if twice:
+            raise DataError(f"{file.uri}: more than one column {', '.join(map(repr, twice))}, and no telling which is "
+                            "meant; rename the others")  # fmt: skip
         out += _row_groups(file, index) if file.format == "parquet" else [_whole(file, index)]
     return out
 
@@ -225,7 +229,7 @@ def _csv_names(file: SourceFile) -> list[str]:
     try:
         with _csv_reader(file, 1 << 20, pacsv.ConvertOptions(), lambda _: "skip") as reader:
             return list(reader.schema.names)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(
             f"{file.uri}: cannot be read as CSV: {error}; a log needs a header line with column names"
         ) from None
@@ -288,17 +292,27 @@ def _parse_one_by_one(text: bytes, columns: list[str]) -> list[pa.Table]:
     """Slow path for a block with a broken line or a column of mixed types: values become text, bad lines raw."""
     rows: list[dict[str, str | None]] = []
     bad: list[str] = []
-    for line in text.splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict):
-            rows.append({c: None if row.get(c) is None else _text(row[c]) for c in columns})
+    for line in text.split(b"\n"):
+        row = _row(line, columns)
+        if row is not None:
+            rows.append(row)
         elif line.strip():
             bad.append(line.decode("utf-8", "replace"))
     tables = [pa.table({c: pa.array([r[c] for r in rows], pa.string()) for c in columns})] if rows else []
     return [*tables, pa.table({RAW_LINE: bad})] if bad else tables
+
+
+def _row(line: bytes, columns: list[str]) -> dict[str, str | None] | None:
+    """A line's values as text; None if it is no JSON object, nested too deep, or has text that is none in UTF-8."""
+    try:
+        row = json.loads(line)
+        if not isinstance(row, dict):
+            return None
+        out = {c: None if row.get(c) is None else _text(row[c]) for c in columns}
+        "".join(filter(None, out.values())).encode()  # half of a surrogate pair is no text
+    except (ValueError, RecursionError):
+        return None
+    return out
 
 
 def _text(value: Any) -> str:

@@ -93,13 +93,22 @@ def empty_rows(data: Data) -> pa.Table:
 def quarantine_table(raw: pa.Table, reasons: npt.NDArray[np.object_], first_row: int) -> pa.Table:
     """Rows that have a reason, as text: row, reason, values."""
     bad = np.flatnonzero(~unmarked(reasons))
-    values = raw.take(pa.array(bad))
+    values = _printable(raw.take(pa.array(bad)))
     text = pa.array([str(row) for row in values.to_pylist()], pa.string())
     return pa.table({
         "row": pa.array(bad + first_row, pa.int64()),
         "reason": pa.array(reasons[bad], pa.string()),
         "values": text,
     })  # fmt: skip
+
+
+def _printable(rows: pa.Table) -> pa.Table:
+    """Rows whose times are text: Python has no year beyond 9999."""
+    for i, field in enumerate(rows.schema):
+        if pa.types.is_timestamp(field.type):
+            times = rows.column(i).cast(pa.timestamp(field.type.unit)).cast(pa.string())
+            rows = rows.set_column(i, field.name, times)
+    return rows
 
 
 def unmarked(reasons: npt.NDArray[np.object_]) -> Mask:
@@ -157,6 +166,9 @@ def read_times(column: pa.ChunkedArray, data: Data, reasons: npt.NDArray[np.obje
 
 def _microseconds(column: pa.ChunkedArray, data: Data) -> tuple[npt.NDArray[np.int64], Mask]:
     kind = column.type
+    if pa.types.is_timestamp(kind) and kind.unit != "us":  # clipped, where a cast of far times would wrap around
+        exact = pc.fill_null(column.cast(pa.int64()), 0).to_numpy()
+        return _scaled(exact, kind.unit), ~_nulls(column)
     if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
         whole = column.cast(pa.timestamp("us", getattr(kind, "tz", None)), safe=False).cast(pa.int64())
         return pc.fill_null(whole, 0).to_numpy(), ~_nulls(column)

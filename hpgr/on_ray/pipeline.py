@@ -86,8 +86,17 @@ def two_stage(request: Request, say: Say) -> tuple[dict[str, Any], str]:
     Raises:
         ArtifactError: another job works on the folder.
     """
-    with held(Folder(absolute(request.run)), "jobs/two_stage.py", say):
+    folder = Folder(absolute(request.run))
+    if request.resume and folder.exists("metrics.json"):  # asked before the claim: it may be a read-only archive
+        open_run(request)
+        return _finished(folder, say)
+    with held(folder, "jobs/two_stage.py", say):
         return _two_stage(request, say)
+
+
+def _finished(folder: Folder, say: Say) -> tuple[dict[str, Any], str]:
+    say(f"{folder.uri}: this run has finished; nothing to do")
+    return folder.read_json("metrics.json"), folder.uri
 
 
 def _two_stage(request: Request, say: Say) -> tuple[dict[str, Any], str]:
@@ -95,8 +104,7 @@ def _two_stage(request: Request, say: Say) -> tuple[dict[str, Any], str]:
     config, folder = open_run(request)
     check_tracking(config)
     if folder.exists("metrics.json"):
-        say(f"{folder.uri}: this run has finished; nothing to do")
-        return folder.read_json("metrics.json"), folder.uri
+        return _finished(folder, say)
     if "/runtime_resources/" in folder.uri:
         say(f"note: {folder.uri} is in the job's copy of its working directory and goes with it; give --run another")
     with journal(folder, say) as say, session(say):

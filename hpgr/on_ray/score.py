@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -91,7 +90,7 @@ def score_shards(request: Request, missing: list[int], expected: output.Expected
     try:
         for row in rows.iter_rows():
             if row["failed"]:
-                raise getattr(hpgr.errors, row["failed"])(pickle.loads(row["result"]))
+                raise getattr(hpgr.errors, row["failed"])(row["result"].decode())
             progress.add(json.loads(row["result"]))
     except RayError as error:
         raise HpgrError(f"score: a worker failed: {cause(error)}; run the same command to go on") from error
@@ -144,5 +143,5 @@ class _Worker:
             shard = int(row["shard"])
             written = output.commit(self.request, shard, self.shards.run(shard))
         except HpgrError as error:
-            return {"failed": type(error).__name__, "result": pickle.dumps(str(error))}
+            return {"failed": type(error).__name__, "result": str(error).encode()}
         return {"failed": "", "result": json.dumps(written["account"]).encode()}

@@ -23,6 +23,7 @@ def session(say: Callable[[str], None]) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing goes out unless the user says so
     try:
         if os.environ.get("RAY_ADDRESS"):
             ray.init(log_to_driver=False, logging_level=logging.WARNING)
@@ -41,11 +42,10 @@ def session(say: Callable[[str], None]) -> Iterator[None]:
                 logging_level=logging.WARNING,
                 runtime_env={"env_vars": environment},
             )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        address = os.environ.get("RAY_ADDRESS", "a local Ray")
-        raise HpgrError(
-            f"cannot reach {address}: {error}; check RAY_ADDRESS and RAY_AUTH_MODE, or unset them"
-        ) from error
+    except Exception as error:  # Ray raises plain ones, too: of a node that did not start in time
+        address = os.environ.get("RAY_ADDRESS")
+        remedy = "check RAY_ADDRESS and RAY_AUTH_MODE, or unset them" if address else "is this machine overloaded?"
+        raise HpgrError(f"cannot reach {address or 'a local Ray'}: {error}; {remedy}") from error
     quieten()
     try:
         yield

@@ -25,7 +25,7 @@ from hpgr.artifacts import Folder
 from hpgr.config import validate
 from hpgr.data.preparation import Prepared
 from hpgr.data.stream import LocalSource
-from hpgr.errors import HpgrError, TrainingError
+from hpgr.errors import HpgrError, TrainingError, WorkersLostError
 from hpgr.on_ray.cluster import here, wait_for
 from hpgr.on_ray.metrics import export
 from hpgr.on_ray.session import quieten
@@ -195,7 +195,7 @@ def train_on_workers(run: Run, say: Callable[[str], None], crew: Crew) -> dict[s
     if told is not None:
         raise getattr(hpgr.errors, told[0])(told[1])
     if failure is not None or result is None:
-        raise TrainingError(
+        raise WorkersLostError(
             f"training failed: {_innermost(failure)}; run the same command with --resume to go on"
         ) from failure
     return dict(result)

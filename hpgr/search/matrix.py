@@ -15,7 +15,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from hpgr.artifacts import Folder, absolute, fingerprint
-from hpgr.config import Config, Count, Natural, Section, dump, load_config, override, validate
+from hpgr.config import Config, Count, Natural, Section, dump, load_config, override, plain_mapping, validate
 from hpgr.errors import ArtifactError, ConfigError
 from hpgr.search.space import FIXED, Scalar, leaves_of, placed, value_at
 
@@ -231,14 +231,11 @@ def load_matrix(path: str | Path, overrides: Sequence[str] = (), of_matrix: Sequ
         ConfigError: every fault of the matrix, or of its rows, with its path.
     """
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read matrix {path}: {error}; give a file of jobs/configs such as "
                           "compare-smoke.yaml") from None  # fmt: skip
-    except yaml.YAMLError as error:
-        raise ConfigError(f"matrix {path} is not YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"matrix {path}: got a {type(raw).__name__}, expected a mapping")
+    raw = plain_mapping(text, f"matrix {path}")
     faults = [fault for text in of_matrix if (fault := override(raw, text))]
     return resolve(parse_matrix(raw, faults), overrides, Path(path).parent)
 
@@ -333,7 +330,7 @@ def stored_plan(run: str, overrides: Sequence[str], of_matrix: Sequence[str]) ->
     folder = Folder(absolute(run))
     if not folder.exists("matrix.yaml"):
         raise ArtifactError(f"--resume: there is no comparison in {folder.uri}; give --config to start one there")
-    raw = yaml.safe_load(folder.read("matrix.yaml"))
+    raw = plain_mapping(folder.read("matrix.yaml"), f"{folder.uri}/matrix.yaml")
     faults = [fault for text in of_matrix if (fault := override(raw, text))]
-    base = yaml.safe_load(folder.read("config.yaml"))
+    base = plain_mapping(folder.read("config.yaml"), f"{folder.uri}/config.yaml")
     return resolve(parse_matrix(raw | {"base": base}, faults), overrides)

@@ -13,7 +13,7 @@ import yaml
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from hpgr.config import Config, Count, Natural, Positive, Section, dump, override, validate
+from hpgr.config import Config, Count, Natural, Positive, Section, dump, override, plain_mapping, validate
 from hpgr.errors import ConfigError
 
 Scalar = bool | int | float | str | None
@@ -168,12 +168,7 @@ def load_space(path: str | Path, overrides: Sequence[str] = ()) -> Space:
 
 def read_space(text: str, name: str, overrides: Sequence[str] = ()) -> Space:
     """A space from YAML text; `name` stands for it in errors. Raises ConfigError as `load_space`."""
-    try:
-        raw = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"space {name} is not YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"space {name}: got a {type(raw).__name__}, expected a mapping")
+    raw = plain_mapping(text, f"space {name}")
     faults = [fault for change in overrides if (fault := override(raw, change))]
     return parse_space(raw, faults)
 

@@ -27,6 +27,7 @@ from helpers_faults import (
     tree,
     tune,
     two_stage,
+    wait_for,
 )
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.timeout(1500)]
@@ -130,6 +131,8 @@ def test_any_deaths_then_the_undisturbed_result(
             else:
                 process.wait(500)  # it goes on by itself, or ends and says so
                 print(f"  and the job ended with {process.returncode}")
+                with suppress(AssertionError):
+                    wait_for(lambda: process.returncode == 0 or "error: " in job.said(), 10)  # the watcher's, after it
                 assert process.returncode == 0 or "error: " in job.said(), job.said()[-6000:]
     job.finish()
     assert close(outcome(job), expected), f"chaos {draw[0]}-{draw[1]}: another result\n{job.said()[-6000:]}"

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hpgr.data.preparation import Prepared, in_process, prepare
-from hpgr.errors import ArtifactError, DataError, HpgrError
+from hpgr.errors import ArtifactError, DataError, HpgrError, StoreError
 
 T = 1_600_000_000
 Columns = dict[str, list[Any]]
@@ -487,14 +487,14 @@ def test_ids_of_any_text_survive(prepare_log: Make, log: Make, format: str, id: 
 
 def test_store_that_refuses_writes_says_so(refused: Make, write_log: Make, log: Make, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    message = refused(write_log(log()), ArtifactError, prepared=str(tmp_path / "file" / "prepared"))
+    message = refused(write_log(log()), StoreError, prepared=str(tmp_path / "file" / "prepared"))
     assert f"cannot write {tmp_path / 'file' / 'prepared'}" in message
     assert "check space and permissions" in message
 
 
 def test_store_that_refuses_the_generated_log_says_so(refused: Make, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    message = refused(None, ArtifactError, prepared=str(tmp_path / "file" / "prepared"))
+    message = refused(None, StoreError, prepared=str(tmp_path / "file" / "prepared"))
     assert "check space and permissions" in message
 
 
@@ -503,7 +503,7 @@ def test_store_that_fills_up_says_so(refused: Make, write_log: Make, log: Make) 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
-        message = refused(path, ArtifactError)
+        message = refused(path, StoreError)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "cannot write" in message
@@ -515,7 +515,7 @@ def test_store_without_permission_says_so(refused: Make, unprivileged: Path, log
     (unprivileged / "locked").mkdir()
     (unprivileged / "locked").chmod(0o500)
     path = str(unprivileged / "log.parquet")
-    message = refused(path, ArtifactError, prepared=str(unprivileged / "locked" / "prepared"))
+    message = refused(path, StoreError, prepared=str(unprivileged / "locked" / "prepared"))
     assert "check space and permissions" in message
 
 

@@ -1,0 +1,86 @@
+"""An object store that refuses or delays, and keys that must not be written; against a real S3 API."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+from helpers_faults import Job, close, outcome, two_stage
+from helpers_store import SECRETS, Weather, environment, gate, store
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
+BUCKET = "runs"
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    with store(BUCKET) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """The same run, all of it on the disk."""
+    job = two_stage(tmp_path_factory.mktemp("alone"))
+    job.finish()
+    return job
+
+
+def on_store(folder: Path, where: str, through: str) -> Job:
+    """A run with its generated log, prepared log, checkpoints and report on the store."""
+    job = two_stage(folder, f"data.prepared=s3://{BUCKET}/{where}/prepared", **environment(through))
+    uri = f"s3://{BUCKET}/{where}/run"
+    words, again = ([uri if word == "run" else word for word in w] for w in (job.first, job.again))
+    return Job(job.name, folder / "run", folder, words, again, job.environment)
+
+
+def fetch(endpoint: str, where: str, folder: Path) -> dict[str, bytes]:
+    """All objects below a key, also as files."""
+    client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", aws_access_key_id="k",
+                          aws_secret_access_key="s")  # fmt: skip
+    found = {}
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=f"{where}/"):
+        for entry in page.get("Contents", ()):
+            found[entry["Key"]] = client.get_object(Bucket=BUCKET, Key=entry["Key"])["Body"].read()
+    for key, content in found.items():
+        path = folder / key.removeprefix(f"{where}/")
+        if not key.endswith("/"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    return found
+
+
+def test_a_store_that_stumbles_gives_the_result_of_a_disk_and_keeps_no_key(
+    endpoint: str, alone: Job, tmp_path: Path
+) -> None:
+    weather = Weather(refuse=0.02, delay=0.01)
+    with gate(endpoint, weather) as through:
+        job = on_store(tmp_path, "stumbles", through)
+        job.finish()
+    assert weather.refused > 3
+    found = fetch(endpoint, "stumbles", tmp_path)
+    assert close(outcome(job), outcome(alone))
+    written = found | {str(p): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert any(name.endswith("report.html") for name in written)
+    assert any("/prepared/" in name for name in written)
+    for name, content in written.items():
+        assert [s for s in SECRETS.values() if s.encode() in content] == [], name
+
+
+def test_a_store_that_is_gone_ends_the_job_in_words_and_it_goes_on(endpoint: str, alone: Job, tmp_path: Path) -> None:
+    weather = Weather(refuse=1.0)
+    with gate(endpoint, weather) as through:
+        job = on_store(tmp_path, "gone", through)
+        with job.started() as process:
+            assert process.wait(300) == 2, job.said()
+        (error,) = (line for line in job.said().splitlines() if line.startswith("error: "))
+        assert f"{BUCKET}/gone" in error
+        assert "Traceback" not in job.said()
+        assert "to go on: python " in job.said()
+        assert weather.refused < 100
+        weather.refuse = 0.0
+        job.finish()
+    fetch(endpoint, "gone", tmp_path)
+    assert close(outcome(job), outcome(alone))
