@@ -11,6 +11,7 @@ from pathlib import Path
 import ray
 
 from hpgr.errors import HpgrError
+from hpgr.on_ray.parallel import cause
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCAL_OBJECT_STORE = 1 << 30
@@ -21,7 +22,8 @@ def session(say: Callable[[str], None]) -> Iterator[None]:
     """A Ray to work on: the one already connected, the cluster of RAY_ADDRESS (set inside a submitted job),
     or a local one that ends with the block."""
     if ray.is_initialized():
-        yield
+        with in_words():
+            yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing goes out unless the user says so
     try:
@@ -48,9 +50,19 @@ def session(say: Callable[[str], None]) -> Iterator[None]:
         raise HpgrError(f"cannot reach {address or 'a local Ray'}: {error}; {remedy}") from error
     quieten()
     try:
-        yield
+        with in_words():
+            yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def in_words() -> Iterator[None]:
+    """Turns what Ray loses under a job, such as the actor that controls training, into an HpgrError."""
+    try:
+        yield
+    except RayError as error:
+        raise HpgrError(f"Ray lost a part of the job: {cause(error)}") from error
 
 
 def quieten() -> None:
