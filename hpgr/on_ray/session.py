@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ray
+from ray.exceptions import RayError
 
 from hpgr.errors import HpgrError
 from hpgr.on_ray.parallel import cause
@@ -47,7 +48,7 @@ def session(say: Callable[[str], None]) -> Iterator[None]:
     except Exception as error:  # Ray raises plain ones, too: of a node that did not start in time
         address = os.environ.get("RAY_ADDRESS")
         remedy = "check RAY_ADDRESS and RAY_AUTH_MODE, or unset them" if address else "is this machine overloaded?"
-        raise HpgrError(f"cannot reach {address or 'a local Ray'}: {error}; {remedy}") from error
+        raise HpgrError(f"cannot reach {address or 'a local Ray'}: {_first(error)}; {remedy}") from error
     quieten()
     try:
         with in_words():
@@ -63,6 +64,11 @@ def in_words() -> Iterator[None]:
         yield
     except RayError as error:
         raise HpgrError(f"Ray lost a part of the job: {cause(error)}") from error
+
+
+def _first(error: Exception) -> str:
+    """Ray's messages hold whole tracebacks; their first line says it."""
+    return str(error).partition("\n")[0]
 
 
 def quieten() -> None:
