@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ray
+from ray.exceptions import RayError
 
 from hpgr.errors import HpgrError
+from hpgr.on_ray.parallel import cause
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCAL_OBJECT_STORE = 1 << 30
@@ -21,7 +23,8 @@ def session(say: Callable[[str], None]) -> Iterator[None]:
     """A Ray to work on: the one already connected, the cluster of RAY_ADDRESS (set inside a submitted job),
     or a local one that ends with the block."""
     if ray.is_initialized():
-        yield
+        with in_words():
+            yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing goes out unless the user says so
     try:
@@ -45,12 +48,27 @@ def session(say: Callable[[str], None]) -> Iterator[None]:
     except Exception as error:  # Ray raises plain ones, too: of a node that did not start in time
         address = os.environ.get("RAY_ADDRESS")
         remedy = "check RAY_ADDRESS and RAY_AUTH_MODE, or unset them" if address else "is this machine overloaded?"
-        raise HpgrError(f"cannot reach {address or 'a local Ray'}: {error}; {remedy}") from error
+        raise HpgrError(f"cannot reach {address or 'a local Ray'}: {_first(error)}; {remedy}") from error
     quieten()
     try:
-        yield
+        with in_words():
+            yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def in_words() -> Iterator[None]:
+    """Turns what Ray loses under a job, such as the actor that controls training, into an HpgrError."""
+    try:
+        yield
+    except RayError as error:
+        raise HpgrError(f"Ray lost a part of the job: {cause(error)}") from error
+
+
+def _first(error: Exception) -> str:
+    """Ray's messages hold whole tracebacks; their first line says it."""
+    return str(error).partition("\n")[0]
 
 
 def quieten() -> None:
