@@ -23,7 +23,7 @@ from helpers_faults import (
     wait_for,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 ON_A_WORKER = ["resources.workers=1", "resources.cpus_per_worker=0.5"]
 TRAINER = "ray::RayTrainWorker"
 
@@ -77,6 +77,7 @@ def kill_node(cluster: Raylets, name: str, process: subprocess.Popen[str]) -> No
     cluster.nodes[node].wait(30)
 
 
+@pytest.mark.slow
 def test_a_train_worker_dies(alone: Job, tmp_path: Path) -> None:
     job = two_stage(tmp_path, *ON_A_WORKER)
     with in_stage_2(job) as process:
@@ -86,6 +87,7 @@ def test_a_train_worker_dies(alone: Job, tmp_path: Path) -> None:
     assert close(outcome(job), outcome(alone))
 
 
+@pytest.mark.faults
 def test_the_driver_dies(alone: Job, tmp_path: Path) -> None:
     job = two_stage(tmp_path, *ON_A_WORKER)
     with in_stage_2(job) as process:
@@ -94,6 +96,7 @@ def test_the_driver_dies(alone: Job, tmp_path: Path) -> None:
     assert close(outcome(job), outcome(alone))
 
 
+@pytest.mark.faults
 def test_a_node_dies_in_stage_2(alone: Job, cluster: Raylets, tmp_path: Path) -> None:
     job = two_stage(tmp_path, *ON_A_WORKER, **cluster.environment)
     with in_stage_2(job) as process:
@@ -102,6 +105,7 @@ def test_a_node_dies_in_stage_2(alone: Job, cluster: Raylets, tmp_path: Path) ->
     assert close(outcome(job), outcome(alone))
 
 
+@pytest.mark.faults
 def test_a_node_dies_while_scoring(alone: Job, scored: Any, cluster: Raylets, tmp_path: Path) -> None:
     job = batch_score(tmp_path, alone.folder, **cluster.environment)
     with job.started() as process:

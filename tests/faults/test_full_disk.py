@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from helpers_faults import Job, close, outcome, two_stage
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(900)]
 
 
 @pytest.fixture

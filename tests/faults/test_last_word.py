@@ -82,7 +82,7 @@ def kill_core(pid: int) -> None:
         process.kill()
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_a_job_that_loses_its_ray_goes_on_as_it_says(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from helpers_faults import Job, close, outcome, two_stage
 from helpers_store import SECRETS, Weather, environment, gate, store
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 BUCKET = "runs"
 
 
@@ -52,6 +52,7 @@ def fetch(endpoint: str, where: str, folder: Path) -> dict[str, bytes]:
     return found
 
 
+@pytest.mark.slow
 def test_a_store_that_stumbles_gives_the_result_of_a_disk_and_keeps_no_key(
     endpoint: str, alone: Job, tmp_path: Path
 ) -> None:
@@ -69,6 +70,7 @@ def test_a_store_that_stumbles_gives_the_result_of_a_disk_and_keeps_no_key(
         assert [s for s in SECRETS.values() if s.encode() in content] == [], name
 
 
+@pytest.mark.faults
 def test_a_store_that_is_gone_ends_the_job_in_words_and_it_goes_on(endpoint: str, alone: Job, tmp_path: Path) -> None:
     weather = Weather(refuse=1.0)
     with gate(endpoint, weather) as through:
