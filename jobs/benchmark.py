@@ -3,6 +3,7 @@
 
 python jobs/benchmark.py attention                                 # 5 minutes on 2 cores, 9 GB for dense at 8192
 python jobs/benchmark.py prepare                                   # 10 million rows; pip install 'hpgr[peers]' first
+python jobs/benchmark.py stream                                    # minutes on 2 cores
 python jobs/benchmark.py score                                     # a million pairs: minutes on 2 cores
 python jobs/benchmark.py score --users 500 --rounds 2 --json score.json
 """
@@ -22,6 +23,7 @@ from hpgr.on_ray import command
 BENCHMARKS = {
     "attention": "PGSA over kept keys against dense HSTU attention, forward and backward, by history length",
     "prepare": "preparing a log against DuckDB and Polars that sort and sessionise the same files",
+    "stream": "batches for the trainers against what training takes, and against no Ray",
     "score": "cached batch scoring against encoding the history anew for each candidate",
 }
 """Modules of hpgr.on_ray.benchmarks, with what they compare."""

@@ -98,3 +98,20 @@ def test_prepare_without_peers(root: Path, tmp_path: Path) -> None:
 def test_a_peer_that_is_not_there_is_named() -> None:
     with pytest.raises(ConfigError, match="got spark"):
         prepare.run(argparse.Namespace(peers="spark", rows="10", rounds=1, keep=None), print)
+
+
+@pytest.mark.slow
+def test_stream(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "stream.json"
+    done = subprocess.run(
+        [sys.executable, "jobs/benchmark.py", "stream", "--users", "200", "--epochs", "1", "--rounds", "1",
+         "--json", str(out)],
+        cwd=root, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(out.read_text(encoding="utf-8"))
+    assert figures["ratios"].keys() == {"stream_over_training", "ray_over_local"}
+    for stage in ("stage1", "stage2"):
+        assert 0 < figures["data_wait_share"][stage] < 1
+        assert 0 <= figures["padding_share"][stage] < 1
+        assert figures["tokens_per_second"][stage]["training"] > 0
