@@ -82,6 +82,7 @@ def test_peers_sort_and_sessionise(way: str, tmp_path: Path) -> None:
     assert session.tolist() == expected
 
 
+@pytest.mark.slow
 def test_prepare_without_peers(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "prepare.json"
     done = subprocess.run(
