@@ -149,9 +149,11 @@ def cpus_per_worker(resources: Resources, cluster: Cluster) -> float:
 
 def scoring_pool(resources: Resources, cluster: Cluster, shards: int) -> tuple[int, int]:
     """Least and most workers of a scoring pool: as configured, at most one a shard; `auto` is as many as the cluster
-    takes (at least the least)."""
+    takes (at least the least); an autoscaler that does not say what it may start is asked for all."""
     pool = resources.scoring
-    if pool.max == "auto":
+    if pool.max == "auto" and cluster.is_silent:
+        most = shards
+    elif pool.max == "auto":
         most = max(pool.min, room(cluster.reach, Ask("", "", 1, 1.0, float(resources.on_gpu))))
     else:
         most = pool.max

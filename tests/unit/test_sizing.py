@@ -106,7 +106,7 @@ def test_an_autoscaler_that_says_nothing_gets_the_benefit_of_the_doubt() -> None
         (EIGHT_GPUS, {}, 5, (1, 5)),
         (ASLEEP, {"min": 3, "max": 20}, 500, (3, 20)),
         (ASLEEP, {}, 500, (1, 112)),
-        (SILENT, {"min": 4}, 500, (4, 4)),
+        (SILENT, {"min": 4}, 500, (4, 500)),
         (LAPTOP, {"min": 4, "max": 8}, 1, (1, 1)),
     ],
 )
