@@ -62,10 +62,10 @@ def inputs_of(x: Inputs) -> dict[str, Tensor]:
 
 def least_events(model: Model) -> int:
     """The shortest history an exported ranker takes; pad shorter ones with zeros (h_real False)."""
+    pgsa, three = model.pgsa, 3  # of two, neighbours are one pair, which tracing takes for a constant size
     if not model.sparse:
-        return 2
-    pgsa = model.pgsa
-    return 1 + max(pgsa.top_k, 1 + math.ceil(3 * pgsa.sigma), pgsa.max_keys or 0)
+        return three
+    return max(three, 1 + max(pgsa.top_k, 1 + math.ceil(3 * pgsa.sigma), pgsa.max_keys or 0))
 
 
 def export_model(model: ClickModel, sizes: Sizes) -> torch.export.ExportedProgram:
