@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from hpgr.config.base import holds_key
 from hpgr.errors import ArtifactError, StoreError
 
 FORMAT = 1
@@ -32,7 +32,7 @@ def resolve(path: str) -> tuple[pafs.FileSystem, str]:
     """
     if "://" not in path:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path))
-    if "@" in urlsplit(path).netloc or "key=" in urlsplit(path).query:
+    if holds_key(path):
         raise ArtifactError(f"{path.partition('://')[0]}://...: the address holds a key, which every record of the run "
                             "would repeat; leave it out and give it as the store's tools do (environment, profile or "
                             "role)")  # fmt: skip

@@ -110,6 +110,7 @@ class _Lock:
         self._beat: threading.Thread | None = None
 
     def take(self, wait: bool) -> None:
+        """Hold the folder, at once or when those before have gone; raises as `held`."""
         start, told = time.monotonic(), ""
         while not self._alone():
             others = self._others()

@@ -49,11 +49,11 @@ class Cluster:
 class Ask:
     """`count` processes of `cpus` and `gpus` each, and `beside` CPUs on any node for tasks that feed them.
 
-    `what` names a process in messages, `lower` the keys that make the ask smaller.
+    `what` names a process in messages, `remedy` what to change to get by with less.
     """
 
     what: str
-    lower: str
+    remedy: str
     count: int
     cpus: float
     gpus: float = 0.0
@@ -107,7 +107,7 @@ def refuse_impossible(cluster: Cluster, ask: Ask) -> None:
     raise ConfigError(
         f"resources: {ask} can never be had: the cluster {may} {sum(n.count for n in there)} node(s), the largest with "
         f"{largest.cpus:g} CPU and {largest.gpus:g} GPU, {sum(n.cpus * n.count for n in there):g} CPU and "
-        f"{sum(n.gpus * n.count for n in there):g} GPU in all; lower {ask.lower}, or use a larger cluster"
+        f"{sum(n.gpus * n.count for n in there):g} GPU in all; {ask.remedy}, or use a larger cluster"
     )
 
 
@@ -126,8 +126,8 @@ def settled(resources: Resources, cluster: Cluster) -> Resources:
 def training_ask(resources: Resources, cluster: Cluster) -> Ask:
     """What the trainers of settled resources ask for, with their data tasks."""
     cpus = cpus_per_worker(resources, cluster)
-    return Ask("worker", "resources.workers or resources.cpus_per_worker" + (" or resources.gpu" * resources.on_gpu),
-               resources.count, cpus, float(resources.on_gpu), resources.data_cpus)  # fmt: skip
+    remedy = "lower resources.workers or resources.cpus_per_worker" + " or resources.gpu" * resources.on_gpu
+    return Ask("worker", remedy, resources.count, cpus, float(resources.on_gpu), resources.data_cpus)
 
 
 def cpus_per_worker(resources: Resources, cluster: Cluster) -> float:

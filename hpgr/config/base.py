@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Annotated
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,3 +18,9 @@ class Section(BaseModel):
     is expected, for YAML takes 1e-3 for text."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+def holds_key(address: str) -> bool:
+    """Whether an address has a secret in it, which every record of it would repeat."""
+    parts = urlsplit(address)
+    return "@" in parts.netloc or "key=" in parts.query

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from hpgr.config.base import Count, Natural, Positive, Section, Share
+from hpgr.config.base import Count, Natural, Positive, Section, Share, holds_key
 
 
 class Optimiser(Section):
@@ -125,13 +124,13 @@ class Checkpoints(Section):
 
 class Tracking(Section):
     mlflow: str | None = None
-    """Address of an MLflow tracking server or database (http://, https://, sqlite:///) at which finished runs and
-    searches are recorded; needs the extra `mlflow`. Keys to it come from MLflow's own environment variables."""
+    """Address of an MLflow tracking server or database (http://, https://, sqlite:///) at which finished runs, searches
+    and comparisons are recorded; needs the extra `mlflow`. Keys to it come from MLflow's own environment variables."""
 
     @field_validator("mlflow")
     @classmethod
     def _holds_no_key(cls, value: str | None) -> str | None:
-        if value is not None and "@" in urlsplit(value).netloc:
+        if value is not None and holds_key(value):
             raise ValueError(
                 "the address holds a key, which every record of the run would repeat; leave it out and set "
                 "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"

@@ -81,7 +81,7 @@ def wait_for(ask: Ask, minutes: float, say: Callable[[str], None]) -> None:
             state = f"{free.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} GPU of {len(ray.nodes())} node(s) are free"
             if waited >= 60 * minutes:
                 raise HpgrError(
-                    f"resources: {ask} not free after {waited / 60:.1f} minutes ({state}); lower {ask.lower}, "
+                    f"resources: {ask} not free after {waited / 60:.1f} minutes ({state}); {ask.remedy}, "
                     "raise resources.wait_minutes, or ask `ray status` who holds the cluster"
                 )
             say(f"resources: waiting for {ask}, {waited:.0f} s; {state}")

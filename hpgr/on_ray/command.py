@@ -67,8 +67,9 @@ def resumable(argv: Sequence[str], run: str | None = None) -> Iterator[None]:
     """
     words = ["python", sys.argv[0], *argv]
     if run is not None:
-        words += [] if "--run" in argv else ["--run", run]
-        words += [] if "--resume" in argv else ["--resume"]
+        given = {word.partition("=")[0] for word in argv}  # --run DIR, and --run=DIR
+        words += [] if "--run" in given else ["--run", run]
+        words += [] if "--resume" in given else ["--resume"]
     on = f"to go on: {shlex.join(words)}"
     submitted = " (submitted as before)" if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") else ""
     with last_word(f"error: the job has died: it was killed, or lost its Ray (raylet or GCS gone); {on}{submitted}"):

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from hpgr.artifacts import FORMAT, Folder, absolute, check_format
 from hpgr.bootstrap import METRICS, resample, spread_of
-from hpgr.config import Config, dump
+from hpgr.config import Config, dump, validate
 from hpgr.config import to_yaml as config_yaml
 from hpgr.data.click_tables import count_clicks, score_test
 from hpgr.data.preparation import Prepared
@@ -32,10 +32,11 @@ from hpgr.on_ray.cluster import here, settle
 from hpgr.on_ray.learnt import learn, names_of
 from hpgr.on_ray.noise import NoiseStudy
 from hpgr.on_ray.parallel import RayExecute
-from hpgr.on_ray.pipeline import Say, prepared_log, versions
+from hpgr.on_ray.pipeline import Say, changed_sections, prepared_log, versions
 from hpgr.on_ray.searcher import Clock
 from hpgr.on_ray.session import session
-from hpgr.on_ray.trials import Place, index_of, refuse_never
+from hpgr.on_ray.tracking import check_tracking, record_comparison
+from hpgr.on_ray.trials import Place, index_of, places
 from hpgr.report.compare import CompareData, board, render_compare
 from hpgr.report.learnt import Shown, section_learnt
 from hpgr.report.noise import section_noise
@@ -43,9 +44,6 @@ from hpgr.search.matrix import Cell, Matrix, Plan, Values, to_yaml
 from hpgr.training.two_stage import INDEXES, stage_key
 
 BOARD_EVERY_SECONDS, REDRAW_EVERY_SECONDS = 60.0, 2.0
-UNKNOWN_ROOM = 8
-"""Cells at once on a cluster whose autoscaler does not say how far it goes, and the matrix neither."""
-FREE_ON_RESUME = ("resources", "checkpoints", "tracking")
 CLOCK = "clock.json"
 
 
@@ -69,6 +67,7 @@ def compare(request: CompareRequest, say: Say) -> tuple[dict[str, Any], CompareD
 
 
 def _compare(request: CompareRequest, say: Say) -> tuple[dict[str, Any], CompareData]:
+    check_tracking(request.plan.base)
     plan, folder = open_comparison(request)
     with session(say):
         plan = replace(plan, base=settle(plan.base, here(), say))
@@ -96,7 +95,7 @@ def open_comparison(request: CompareRequest) -> tuple[Plan, Folder]:
         if not request.resume:
             raise ArtifactError(f"{folder.uri} already holds a comparison; add --resume to go on with it, or give "
                                 "another --run")  # fmt: skip
-        _refuse_change(stored["config"], dump(plan.base))
+        _refuse_change(validate(stored["config"]), plan.base)
     elif request.resume:
         raise ArtifactError(f"--resume: there is no comparison in {folder.uri}; leave --resume out to start one")
     folder.write("matrix.yaml", to_yaml(_with_base(plan)).encode())
@@ -111,23 +110,11 @@ def _with_base(plan: Plan) -> Matrix:
     return plan.matrix.model_copy(update={"base": "config.yaml"})
 
 
-def _refuse_change(old: dict[str, Any], new: dict[str, Any]) -> None:
-    changed = [k for k in old if old[k] != new[k] and k not in FREE_ON_RESUME]
+def _refuse_change(old: Config, new: Config) -> None:
+    changed = changed_sections(old, new)
     if changed:
         raise ConfigError(f"--resume goes on from the comparison's own base, but {', '.join(changed)} differ(s); leave "
                           "--set out (rows, seeds and budget may change), or start anew")  # fmt: skip
-
-
-def room(plan: Plan) -> int:
-    """How many cells may run at once.
-
-    Raises:
-        ConfigError: the cluster can never run one.
-    """
-    most = refuse_never(plan.base, "cell")
-    if plan.matrix.concurrency is not None:
-        return plan.matrix.concurrency
-    return UNKNOWN_ROOM if most is None else most
 
 
 @dataclass
@@ -152,7 +139,7 @@ class _Comparison:
         self._screen: Live | None = None
         self.execute = RayExecute(say)
         self.prepared, self.place = self.open_log(plan.base)
-        self.most = room(plan)
+        self.most = places(plan.base, "cell", plan.matrix.concurrency)
         self.cells = Cells(folder, self.most, say, self._show)
         self.rows = [Row(name, plan.tuned(name)) for name in plan.matrix.rows]
         self.curves: dict[str, list[tuple[Any, list[Cell]]]] = {}
@@ -286,6 +273,7 @@ class _Comparison:
         data = CompareData(self.plan.matrix.name, self.folder.uri, result, matrix, config_yaml(self.plan.base), more)
         self.folder.write("report.html", render_compare(data).encode())
         self.folder.write_json("compare.json", result)
+        record_comparison(self.plan.base, self.folder, result, self.say)
         return result, data
 
     def tested(self, row: Row) -> dict[int, Done]:

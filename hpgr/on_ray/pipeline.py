@@ -72,12 +72,17 @@ def open_run(request: Request) -> tuple[Config, Folder]:
     config = validate(stored["config"])
     if request.config is None:
         return config, folder
-    old = dump(config)
-    changed = [k for k, v in dump(request.config).items() if v != old[k] and k not in FREE_ON_RESUME]
+    changed = changed_sections(config, request.config)
     if changed:
         raise ConfigError(f"--resume goes on with the run's own settings, but {', '.join(changed)} differ(s) from "
                           f"{folder.uri}/config.yaml; leave --config and --set out, or start another run")  # fmt: skip
     return request.config, folder
+
+
+def changed_sections(old: Config, new: Config) -> list[str]:
+    """Sections that keep a job with the settings `new` from going on with one of `old`."""
+    before = dump(old)
+    return [k for k, v in dump(new).items() if v != before[k] and k not in FREE_ON_RESUME]
 
 
 def two_stage(request: Request, say: Say) -> tuple[dict[str, Any], str]:
@@ -151,7 +156,7 @@ def prepare_only(config: Config, say: Say) -> Prepared:
 
 def prepared_log(config: Config, execute: Execute, say: Say) -> Prepared:
     """The prepared log of a configuration, with its account told."""
-    wait_for(Ask("data task", "nothing: no node has a CPU", 1, 1.0), config.resources.wait_minutes, say)
+    wait_for(Ask("data task", "start a node with a CPU", 1, 1.0), config.resources.wait_minutes, say)
     start = time.monotonic()
     prepared = prepare(config, execute, say)
     account, took = prepared.manifest["account"], time.monotonic() - start

@@ -75,7 +75,7 @@ def score_shards(request: Request, missing: list[int], expected: output.Expected
     least, most = scoring_pool(resources, cluster, len(missing))
     gpu = resources.on_gpu
     say(f"score: {len(missing)} shard(s), {least} to {most} worker(s){' with a GPU each' if gpu else ''}")
-    ask = Ask("scoring worker", "--workers (resources.scoring.min) or --gpu", least, 1.0, float(gpu))
+    ask = Ask("scoring worker", "lower --workers (resources.scoring.min) or leave --gpu out", least, 1.0, float(gpu))
     wait_for(ask, resources.wait_minutes, say)
     options: dict[str, Any] = {"num_gpus": 1} if gpu else {}
     rows = ray.data.from_items([{"shard": s} for s in missing], override_num_blocks=len(missing)).map(

@@ -37,7 +37,7 @@ class RaySource:
     rank: int
     world: int
     data_cpus: float
-    data_workers: int = 2
+    data_workers: int
     """Data tasks at work at once for this worker."""
     kept: dict[StreamSpec, list[Any]] = field(default_factory=dict, compare=False)
     """Tables of evaluations that fit in one chunk: they never change, so each is made once."""
@@ -94,7 +94,7 @@ def _produce(rows: pa.Table, spec: StreamSpec, rank: int, world: int) -> pa.Tabl
     return pa.concat_tables([table for item in items for table in produce(item, spec, rank, world)])
 
 
-def chunked(items: Iterable[Item], first: int, most: int, tasks: int = 2) -> Iterator[list[Item]]:
+def chunked(items: Iterable[Item], first: int, most: int, tasks: int) -> Iterator[list[Item]]:
     """Cut items into chunks of `first` steps, then four times as many each time, up to `most`; a chunk's steps are
     dealt, in order, to `tasks` pieces or more."""
     size, room, chunk = first, first, list[Item]()

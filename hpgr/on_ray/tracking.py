@@ -1,8 +1,8 @@
-"""Finished runs and searches recorded at MLflow, where the configuration names a server (`tracking.mlflow`).
+"""Finished runs, searches and comparisons recorded at MLflow, if the configuration names a server (`tracking.mlflow`).
 
 The job records what its folder holds, once it has ended: a server that is slow or gone costs a line of warning and
-never the run. A search is one record, and each of its trials one below it. A finished run is recorded
-once; a search that goes on is recorded anew.
+never the run. A search is one record with one below it for each trial, a comparison likewise with its rows. A finished
+run is recorded once; a search or comparison that goes on is recorded anew.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from hpgr.config import Config, dump
 from hpgr.errors import ConfigError
 
 Say = Callable[[str], None]
-FILES = ("config.yaml", "report.html", "metrics.json", "curves.json", "best.yaml", "space.yaml", "search.json")
+FILES = ("config.yaml", "report.html", "metrics.json", "curves.json", "best.yaml", "space.yaml", "search.json",
+         "matrix.yaml", "compare.json")  # fmt: skip
 WAIT_SECONDS, RETRIES = "20", "1"
 BATCH = 100
 """Values of one call; the server takes up to that many parameters."""
 Point = tuple[str, float, int]
 """Name, value and step of a figure."""
+Below = dict[str, tuple[Mapping[str, Any], list[Point]]]
+"""Parts of a job by name: settings and figures of each."""
 
 
 def check_tracking(config: Config) -> None:
@@ -45,22 +48,26 @@ def record_run(config: Config, folder: Folder, metrics: Mapping[str, Any], curve
     points = [point for row in curves for point in _points_of(row)]
     for stage in ("stage1", "stage2"):
         test = (metrics.get(stage) or {}).get("test") or {}
-        points += [(f"{stage}/test/{name}", value, 0) for name, value in _numbers(test)]
+        points += _at_end(test, f"{stage}/test/")
     _send(config, say, lambda to: to.run(folder, _flat(dump(config)), points))
 
 
 def record_search(config: Config, folder: Folder, result: Mapping[str, Any], say: Say) -> None:
     """A search: its account and best test figures, and a record below it for each trial."""
-    points = [(name, value, 0) for name, value in _numbers(result)]
-    points += [(f"test/{name}", value, 0) for name, value in _numbers(result["best"]["test"])]
+    points = _at_end(result) + _at_end(result["best"]["test"], "test/")
+    below: Below = {
+        f"trial {row['number']}": (row["values"], _at_end({"auc": row["auc"]})) for row in result["history"]
+    }
+    _send(config, say, lambda to: to.run(folder, _flat(dump(config)), points, below))
 
-    def send(to: _Mlflow) -> None:
-        parent = to.run(folder, _flat(dump(config)), points)
-        for trial in result["history"]:
-            figures = [("auc", trial["auc"], 0)] if trial.get("auc") is not None else []
-            to.child(parent, f"trial {trial['number']}", trial.get("values") or {}, figures)
 
-    _send(config, say, send)
+def record_comparison(config: Config, folder: Folder, result: Mapping[str, Any], say: Say) -> None:
+    """A comparison: its account, and a record below it for each row, with means and deviations over seeds."""
+    below: Below = {}
+    for row in result["models"]:
+        figures = [point for name, of in row["test"].items() for point in _at_end(of, f"test/{name}/")]
+        below[row["model"]] = (row["settings"], figures)
+    _send(config, say, lambda to: to.run(folder, _flat(dump(config)), _at_end(result), below))
 
 
 def _send(config: Config, say: Say, send: Callable[[_Mlflow], Any]) -> None:
@@ -87,35 +94,31 @@ class _Mlflow:
         found = self.client.get_experiment_by_name(experiment)
         self.experiment = found.experiment_id if found else self.client.create_experiment(experiment)
 
-    def run(self, folder: Folder, params: Mapping[str, Any], points: list[Point]) -> str:
-        """Record a folder; returns the record's id."""
+    def run(self, folder: Folder, params: Mapping[str, Any], points: list[Point], below: Below | None = None) -> None:
+        """Record a folder, and below it what it consists of."""
         name = folder.uri.rstrip("/").rpartition("/")[2]
-        run = self.client.create_run(self.experiment, run_name=name, tags={"hpgr.folder": folder.uri}).info.run_id
-        self._values(run, params, points)
+        run = self._begun(name, {"hpgr.folder": folder.uri}, params, points)
         with tempfile.TemporaryDirectory() as place:
             for file in FILES:
                 if folder.exists(file):
                     Path(place, file).write_bytes(folder.read(file))
             self.client.log_artifacts(run, place)
-        self.client.set_terminated(run)
-        return run
-
-    def child(self, parent: str, name: str, params: Mapping[str, Any], points: list[Point]) -> None:
-        """A record below another."""
-        tags = {"mlflow.parentRunId": parent}
-        run = self.client.create_run(self.experiment, run_name=name, tags=tags).info.run_id
-        self._values(run, params, points)
+        for child, (own, figures) in (below or {}).items():
+            self.client.set_terminated(self._begun(child, {"mlflow.parentRunId": run}, own, figures))
         self.client.set_terminated(run)
 
-    def _values(self, run: str, params: Mapping[str, Any], points: list[Point]) -> None:
+    def _begun(self, name: str, tags: dict[str, str], params: Mapping[str, Any], points: list[Point]) -> str:
+        """A record's id, its values written."""
         from mlflow.entities import Metric, Param
 
+        run: str = self.client.create_run(self.experiment, run_name=name, tags=tags).info.run_id
         now = int(time.time() * 1000)
         named = [Param(key, str(value)) for key, value in params.items()]
         figures = [Metric(key, value, now, step) for key, value, step in points]
         for first in range(0, max(len(named), len(figures)), BATCH):
             some = slice(first, first + BATCH)
             self.client.log_batch(run, metrics=figures[some], params=named[some])
+        return run
 
 
 def _points_of(row: Mapping[str, Any]) -> list[Point]:
@@ -123,6 +126,11 @@ def _points_of(row: Mapping[str, Any]) -> list[Point]:
     step, stage = int(row["step"]), row["stage"]
     own = [(f"{stage}/{name}", value, step) for name, value in _numbers(row) if name not in ("step", "epoch")]
     return own + [(f"{stage}/validation/{name}", value, step) for name, value in _numbers(row["validation"])]
+
+
+def _at_end(values: Mapping[str, Any], before: str = "") -> list[Point]:
+    """The numbers among some values, as figures of the whole job."""
+    return [(before + name, value, 0) for name, value in _numbers(values)]
 
 
 def _numbers(values: Mapping[str, Any]) -> list[tuple[str, float]]:

@@ -24,6 +24,8 @@ from hpgr.on_ray.train import Crew, train_here, train_on_workers
 from hpgr.sizing import Ask, refuse_impossible, room
 from hpgr.training.two_stage import INDEXES, Run
 
+UNKNOWN_ROOM = 8
+"""Trials or cells at once on a cluster whose autoscaler does not say how far it goes, and the user neither."""
 DONE, FAILED = "done", "failed"
 """Last report of a trial: `stage` is one of these."""
 
@@ -65,19 +67,22 @@ def reserved(config: Config) -> dict[str, float]:
     return {"CPU": 0.01} if nested(config) else demand(config)
 
 
-def refuse_never(config: Config, what: str) -> int | None:
-    """How many whole trials or cells the cluster takes at once; None if its autoscaler does not say.
+def places(config: Config, what: str, wanted: int | None) -> int:
+    """How many trials or cells (`what`) may run at once: as wanted, else as many as the cluster takes.
 
     Raises:
         ConfigError: it can never run one.
     """
     cluster, resources = here(), config.resources
     beside = resources.data_cpus if nested(config) else 0.0
-    keys = "resources.workers or resources.cpus_per_worker"
-    ask = Ask(f"worker of a {what}", keys, max(1, resources.count), cpus_of(config), float(resources.on_gpu), beside)
+    remedy = "lower resources.workers or resources.cpus_per_worker"
+    workers, gpus = max(1, resources.count), float(resources.on_gpu)
+    ask = Ask(f"worker of a {what}", remedy, workers, cpus_of(config), gpus, beside)
     refuse_impossible(cluster, ask)
+    if wanted is not None:
+        return wanted
     if cluster.is_silent:
-        return None
+        return UNKNOWN_ROOM
     need = demand(config)
     by_cpu = int(sum(n.cpus * n.count for n in cluster.reach) // need["CPU"])
     return max(1, min(by_cpu, room(cluster.reach, ask) // ask.count))

@@ -23,11 +23,11 @@ from hpgr.errors import ArtifactError, ConfigError, TrainingError
 from hpgr.locks import held
 from hpgr.on_ray.cluster import here, settle
 from hpgr.on_ray.parallel import RayExecute
-from hpgr.on_ray.pipeline import Request, Say, prepared_log, two_stage, versions
+from hpgr.on_ray.pipeline import Request, Say, changed_sections, prepared_log, two_stage, versions
 from hpgr.on_ray.searcher import Clock, StudySearcher, asha
 from hpgr.on_ray.session import session
 from hpgr.on_ray.tracking import check_tracking, record_search
-from hpgr.on_ray.trials import Place, demand, index_of, nested, refuse_never, reserved, trial
+from hpgr.on_ray.trials import Place, demand, index_of, nested, places, reserved, trial
 from hpgr.report.search import board, render_search
 from hpgr.report.trials import Dimension, SearchData, TrialRow
 from hpgr.search import space as spaces
@@ -38,9 +38,6 @@ from hpgr.training.two_stage import INDEXES, stage_key
 LOOK_EVERY_SECONDS = 2.0
 BOARD_EVERY_SECONDS = 60.0
 """How often the table is printed where it cannot be redrawn in place."""
-UNKNOWN_ROOM = 8
-"""Trials at once on a cluster whose autoscaler does not say how far it goes, and the space neither."""
-FREE_ON_RESUME = ("resources", "checkpoints", "tracking")
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,7 @@ def _search(request: SearchRequest, say: Say) -> tuple[dict[str, Any], SearchDat
     check_tracking(config)
     with session(say):
         config = settle(config, here(), say)
-        most = room(config, space)
+        most = places(config, "trial", space.concurrency)
         execute = RayExecute(say)
         prepared = prepared_log(config, execute, say)
         place = Place(prepared.folder.uri, folder.sub("stage1").uri, folder.sub("index").uri)
@@ -81,18 +78,6 @@ def _search(request: SearchRequest, say: Say) -> tuple[dict[str, Any], SearchDat
             job.run(searcher, most)
             tested = job.promote()
         return job.conclude(tested)
-
-
-def room(config: Config, space: Space) -> int:
-    """How many trials may run at once.
-
-    Raises:
-        ConfigError: the cluster can never run one.
-    """
-    most = refuse_never(config, "trial")
-    if space.concurrency is not None:
-        return space.concurrency
-    return UNKNOWN_ROOM if most is None else most
 
 
 def open_search(request: SearchRequest) -> tuple[Config, Space, Folder]:
@@ -145,8 +130,7 @@ def _refuse_change(stored: dict[str, Any], request: SearchRequest) -> None:
     """Only resources and the budget of a search may change when it goes on."""
     changed = []
     if request.config is not None:
-        before, new = dump(validate(stored["config"])), dump(request.config)
-        changed += [k for k, v in new.items() if v != before[k] and k not in FREE_ON_RESUME]
+        changed += changed_sections(validate(stored["config"]), request.config)
     if request.space is not None:
         old, now = parse_space(stored["space"]).model_dump(), request.space.model_dump()
         changed += [f"space.{k}" for k in old if old[k] != now[k] and k not in ("budget", "concurrency")]
@@ -324,6 +308,7 @@ class _Watch(threading.Thread):
         self._job, self._searcher, self._over = job, searcher, threading.Event()
 
     def run(self) -> None:
+        """Until the search is over."""
         shown = time.monotonic()
         with Live(auto_refresh=False, transient=True) if sys.stdout.isatty() else nullcontext() as screen:
             while not self._over.wait(LOOK_EVERY_SECONDS):

@@ -152,6 +152,7 @@ def publish(request: Request, records: dict[int, dict[str, Any]]) -> None:
     files = [(name, file) for _, r in sorted(records.items()) for name, file in r["files"].items()]
 
     def one(entry: tuple[str, dict[str, Any]]) -> None:
+        """Check one part against its record and move it to its final name."""
         name, file = entry
         place = f"{PENDING}/{name}" if pending.get(name) == file["bytes"] else name
         filesystem, path = folder.path(place)

@@ -63,7 +63,7 @@ def test_a_job_that_ends_by_itself_names_the_command_once_if_it_can_go_on(body: 
 
 
 def test_what_was_typed_is_not_repeated() -> None:
-    for words in ["--resume --run x", "--run x --resume"]:
+    for words in ["--resume --run x", "--run x --resume", "--resume --run=x"]:
         assert ended("os._exit(1)", *words.split()).stderr.endswith(f"to go on: python -c {words}\n")
     assert ended("os._exit(1)", "--run", "x").stderr.endswith("to go on: python -c --run x --resume\n")
 

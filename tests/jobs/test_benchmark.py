@@ -6,7 +6,9 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,16 +20,27 @@ from hpgr.errors import ConfigError
 from hpgr.model.hstu import HstuEncoder
 from hpgr.on_ray.benchmarks import attention, prepare
 
+Benchmark = Callable[[str], tuple[dict[str, Any], str]]
 
-def test_attention(root: Path, tmp_path: Path) -> None:
-    out = tmp_path / "attention.json"
-    done = subprocess.run(
-        [sys.executable, "jobs/benchmark.py", "attention", "--lengths", "160", "--tokens", "320", "--rounds", "2",
-         "--top-k", "4", "--max-keys", "8", "--threads", "1", "--json", str(out)],
-        cwd=root, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(out.read_text(encoding="utf-8"))
+
+@pytest.fixture
+def benchmark(root: Path, tmp_path: Path) -> Benchmark:
+    """Runs jobs/benchmark.py with these words; its figures and what it printed."""
+
+    def run(words: str) -> tuple[dict[str, Any], str]:
+        out = tmp_path / "figures.json"
+        done = subprocess.run(
+            [sys.executable, "jobs/benchmark.py", *words.split(), "--json", str(out)],
+            cwd=root, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return json.loads(out.read_text(encoding="utf-8")), done.stdout
+
+    return run
+
+
+def test_attention(benchmark: Benchmark) -> None:
+    figures, printed = benchmark("attention --lengths 160 --tokens 320 --rounds 2 --top-k 4 --max-keys 8 --threads 1")
     assert next(iter(figures)) == "ratios"
     for name in (
         "ratios",
@@ -46,7 +59,7 @@ def test_attention(root: Path, tmp_path: Path) -> None:
         ways[way]["least"] <= ways[way]["median"] <= ways[way]["greatest"] for way in ("dense", "auto", "gather")
     )
     assert figures["machine"]["versions"]["torch"]
-    assert "ratios.160" in done.stdout
+    assert "ratios.160" in printed
 
 
 def test_the_baselines_are_the_same_attention(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,15 +96,8 @@ def test_peers_sort_and_sessionise(way: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_prepare_without_peers(root: Path, tmp_path: Path) -> None:
-    out = tmp_path / "prepare.json"
-    done = subprocess.run(
-        [sys.executable, "jobs/benchmark.py", "prepare", "--rows", "3000", "--rounds", "1", "--peers", "",
-         "--json", str(out)],
-        cwd=root, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(out.read_text(encoding="utf-8"))
+def test_prepare_without_peers(benchmark: Benchmark) -> None:
+    figures, _ = benchmark("prepare --rows 3000 --rounds 1 --peers=")
     assert figures["rows_per_second"]["3000"]["prepare"]["median"] > 0
     assert figures["peak_mb"]["3000"]["prepare"] > 0
 
@@ -102,15 +108,8 @@ def test_a_peer_that_is_not_there_is_named() -> None:
 
 
 @pytest.mark.slow
-def test_stream(root: Path, tmp_path: Path) -> None:
-    out = tmp_path / "stream.json"
-    done = subprocess.run(
-        [sys.executable, "jobs/benchmark.py", "stream", "--users", "200", "--epochs", "1", "--rounds", "1",
-         "--json", str(out)],
-        cwd=root, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(out.read_text(encoding="utf-8"))
+def test_stream(benchmark: Benchmark) -> None:
+    figures, _ = benchmark("stream --users 200 --epochs 1 --rounds 1")
     assert figures["ratios"].keys() == {"stream_over_training", "ray_over_local"}
     for stage in ("stage1", "stage2"):
         assert 0 < figures["data_wait_share"][stage] < 1

@@ -81,7 +81,7 @@ def test_batches_on_ray_are_the_local_ones(
     for name in ("masked", "click-train"):
         spec = run.spec(name)
         expected = list(LocalSource(rank, world).steps(spec, range(1, 3), 2))
-        found = list(RaySource(rank, world, 0.25).steps(spec, range(1, 3), 2))
+        found = list(RaySource(rank, world, 0.25, 2).steps(spec, range(1, 3), 2))
         assert len(expected) > 3
         assert [_plain(s) for s in found] == [_plain(s) for s in expected]
 
@@ -116,7 +116,7 @@ def test_chunks_hold_every_step_once_in_order_and_grow() -> None:
     from hpgr.on_ray.stream import chunked
 
     items = [Item(0, 0, 3, 40), Item(0, 1, 0, 5), Item(1, 0, 0, 300)]
-    chunks = list(chunked(items, 8, 64))
+    chunks = list(chunked(items, 8, 64, 2))
     steps = [(p.epoch, p.group, s) for chunk in chunks for p in chunk for s in range(p.first, p.stop)]
     assert steps == [(i.epoch, i.group, s) for i in items for s in range(i.first, i.stop)]
     sizes = [sum(p.stop - p.first for p in chunk) for chunk in chunks]

@@ -74,6 +74,25 @@ def test_trials_lie_below_their_search(folder: Folder, tmp_path: Path, monkeypat
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_rows_lie_below_their_comparison(folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlflow")
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.chdir(tmp_path)
+    address = f"sqlite:///{tmp_path}/mlflow.db"
+    test = {"auc": {"mean": 0.7, "sd": 0.01}, "gauc": {"mean": None, "sd": None}}
+    models = [{"model": "without SEM", "settings": {"model.sem.in_stage2": False}, "test": test}]
+    tracking.record_comparison(tracked(address), folder, {"models": models, "seconds": 9.5}, print)
+    client = MlflowClient(address)
+    runs = client.search_runs([client.get_experiment_by_name("shop").experiment_id])
+    found = {run.info.run_name: run for run in runs}
+    assert found["first"].data.metrics == {"seconds": 9.5}
+    assert found["without SEM"].data.metrics == {"test/auc/mean": 0.7, "test/auc/sd": 0.01}
+    assert found["without SEM"].data.params == {"model.sem.in_stage2": "False"}
+    assert found["without SEM"].data.tags["mlflow.parentRunId"] == found["first"].info.run_id
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_server_that_refuses_costs_a_warning(folder: Folder) -> None:
     pytest.importorskip("mlflow")
     said = list[str]()

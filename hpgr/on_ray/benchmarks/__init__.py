@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -30,3 +32,25 @@ def machine() -> dict[str, Any]:
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, least and greatest of repeated measurements."""
     return {"median": median(values), "least": min(values), "greatest": max(values)}
+
+
+@dataclass
+class Greatest:
+    """Greatest value of a measure while the block runs, looked at some times a second."""
+
+    measure: Callable[[], float]
+    value: float = 0.0
+    _done: threading.Event = field(default_factory=threading.Event)
+
+    def __enter__(self) -> Greatest:
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.2):
+            self.value = max(self.value, self.measure())

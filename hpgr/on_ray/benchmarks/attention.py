@@ -119,6 +119,7 @@ class Case:
         target = torch.randn(tokens.shape, device=self.device)
 
         def step(way: str) -> None:
+            """Forward and backward in one way."""
             encoder.zero_grad()
             tokens.grad = None
             if way == "tiled_dense":

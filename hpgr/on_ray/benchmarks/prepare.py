@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -29,7 +28,7 @@ import pyarrow.parquet as pq
 
 from hpgr.config import validate
 from hpgr.errors import ConfigError
-from hpgr.on_ray.benchmarks import machine, spread
+from hpgr.on_ray.benchmarks import Greatest, machine, spread
 
 Say = Callable[[str], None]
 ROWS_A_FILE = 1_000_000
@@ -120,6 +119,16 @@ def measure(way: str, log: str, target: str) -> tuple[float, float]:
     return {"prepare": _prepare, "duckdb": _duckdb, "polars": _polars}[way](log, target)
 
 
+def timed(work: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds of some work, and the most megabytes beyond what was held before."""
+    before = held()
+    with Greatest(held) as memory:
+        start = time.perf_counter()
+        work()
+        seconds = time.perf_counter() - start
+    return seconds, max(0.0, memory.value - before)
+
+
 def _prepare(log: str, target: str) -> tuple[float, float]:
     from hpgr.data.preparation import prepare
     from hpgr.on_ray.parallel import RayExecute
@@ -133,11 +142,7 @@ def _prepare(log: str, target: str) -> tuple[float, float]:
 
     with session(quiet):
         RayExecute(quiet)("warm up", _nothing, range(os.cpu_count() or 1))
-        with PeakMemory() as memory:
-            start = time.perf_counter()
-            prepare(config, RayExecute(quiet), quiet)
-            seconds = time.perf_counter() - start
-    return seconds, memory.peak
+        return timed(lambda: prepare(config, RayExecute(quiet), quiet))
 
 
 def _nothing(number: int) -> int:
@@ -148,20 +153,18 @@ def _duckdb(log: str, target: str) -> tuple[float, float]:
     import duckdb
 
     Path(target).mkdir(parents=True)
-    with PeakMemory() as memory, duckdb.connect() as connection:
-        start = time.perf_counter()
+    query = f"""
+        COPY (
+            SELECT *, sum(starts) OVER (PARTITION BY user_id ORDER BY timestamp ROWS UNBOUNDED PRECEDING) AS session
+            FROM (SELECT *, CAST(coalesce(timestamp - lag(timestamp) OVER (PARTITION BY user_id ORDER BY timestamp)
+                                          > {GAP_SECONDS}, false) AS INTEGER) AS starts
+                  FROM read_parquet('{log}/*.parquet'))
+            ORDER BY user_id, timestamp
+        ) TO '{target}/out.parquet' (FORMAT parquet)
+    """
+    with duckdb.connect() as connection:
         connection.execute(f"SET threads = {os.cpu_count()}; SET temp_directory = '{target}/spill'")
-        connection.execute(f"""
-            COPY (
-                SELECT *, sum(starts) OVER (PARTITION BY user_id ORDER BY timestamp ROWS UNBOUNDED PRECEDING) AS session
-                FROM (SELECT *, CAST(coalesce(timestamp - lag(timestamp) OVER (PARTITION BY user_id ORDER BY timestamp)
-                                              > {GAP_SECONDS}, false) AS INTEGER) AS starts
-                      FROM read_parquet('{log}/*.parquet'))
-                ORDER BY user_id, timestamp
-            ) TO '{target}/out.parquet' (FORMAT parquet)
-        """)
-        seconds = time.perf_counter() - start
-    return seconds, memory.peak
+        return timed(lambda: connection.execute(query))
 
 
 def _polars(log: str, target: str) -> tuple[float, float]:
@@ -169,37 +172,10 @@ def _polars(log: str, target: str) -> tuple[float, float]:
     import polars as pl
 
     Path(target).mkdir(parents=True)
-    with PeakMemory() as memory:
-        start = time.perf_counter()
-        gap = pl.col("timestamp").diff().over("user_id").fill_null(0) > GAP_SECONDS
-        table = pl.scan_parquet(f"{log}/*.parquet").sort("user_id", "timestamp", maintain_order=True)
-        table.with_columns(gap.cast(pl.Int32).cum_sum().over("user_id").alias("session")).sink_parquet(
-            f"{target}/out.parquet"
-        )
-        seconds = time.perf_counter() - start
-    return seconds, memory.peak
-
-
-class PeakMemory:
-    """Most megabytes that this process and those it started hold while the block runs, beyond what they held before."""
-
-    def __enter__(self) -> PeakMemory:
-        self.before, self.most, self.done = held(), 0.0, threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.done.set()
-        self.thread.join()
-
-    @property
-    def peak(self) -> float:
-        return max(0.0, self.most - self.before)
-
-    def _watch(self) -> None:
-        while not self.done.wait(0.25):
-            self.most = max(self.most, held())
+    gap = pl.col("timestamp").diff().over("user_id").fill_null(0) > GAP_SECONDS
+    table = pl.scan_parquet(f"{log}/*.parquet").sort("user_id", "timestamp", maintain_order=True)
+    numbered = table.with_columns(gap.cast(pl.Int32).cum_sum().over("user_id").alias("session"))
+    return timed(lambda: numbered.sink_parquet(f"{target}/out.parquet"))
 
 
 def held() -> float:

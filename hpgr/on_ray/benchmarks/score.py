@@ -11,10 +11,9 @@ import argparse
 import os
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from hpgr.data.preparation import prepare
 from hpgr.data.windows import serving_windows
 from hpgr.model.hpgr import HpgrClick
 from hpgr.model.inputs import pad, unpad, with_candidates
-from hpgr.on_ray.benchmarks import machine, spread
+from hpgr.on_ray.benchmarks import Greatest, machine, spread
 from hpgr.on_ray.parallel import RayExecute
 from hpgr.on_ray.score import Pool, batch_score
 from hpgr.on_ray.session import session
@@ -207,7 +206,7 @@ def job(folder: Path, options: argparse.Namespace, share: int, say: Say) -> dict
     """The whole job for one in `share` users: its rate and account, and the workers' peak memory."""
     wish = Wish(str(folder / "run"), str(folder / f"output-{share}"), candidates=str(folder / f"candidates-{share}"))
     workers = options.workers or os.cpu_count() or 1
-    with PeakMemory() as memory:
+    with Greatest(largest_worker) as memory:
         start = time.monotonic()
         summary = batch_score(wish, Pool(workers, workers), say)
         seconds = time.monotonic() - start
@@ -215,31 +214,14 @@ def job(folder: Path, options: argparse.Namespace, share: int, say: Say) -> dict
     written = summary["account"]["written"]
     return {"pairs": written, "users": summary["account"]["users"], "seconds": round(seconds, 2),
             "pairs_per_second": written / seconds, "while_scoring": summary["pairs_per_second"],
-            "peak_mb": round(memory.peak / 1e6, 1)}  # fmt: skip
+            "peak_mb": round(memory.value / 1e6, 1)}  # fmt: skip
 
 
-@dataclass
-class PeakMemory:
-    """Largest resident memory of one pool worker while the block runs, looked at several times a second."""
-
-    peak: int = 0
-    _done: threading.Event = field(default_factory=threading.Event)
-
-    def __enter__(self) -> PeakMemory:
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        page = os.sysconf("SC_PAGE_SIZE")
-        while not self._done.wait(0.2):
-            for process in Path("/proc").glob("[0-9]*"):
-                try:
-                    if b"MapWorker" in (process / "cmdline").read_bytes():
-                        self.peak = max(self.peak, int((process / "statm").read_text().split()[1]) * page)
-                except OSError:
-                    continue
+def largest_worker() -> float:
+    """Resident bytes of the largest pool worker. Linux."""
+    page, most = os.sysconf("SC_PAGE_SIZE"), 0
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if b"MapWorker" in (process / "cmdline").read_bytes():
+                most = max(most, int((process / "statm").read_text().split()[1]) * page)
+    return most

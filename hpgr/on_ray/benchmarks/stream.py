@@ -19,7 +19,7 @@ from typing import Any
 from hpgr.artifacts import Folder
 from hpgr.config import load_config
 from hpgr.data.plan import padding_share
-from hpgr.data.stream import LocalSource, Source, StreamSpec
+from hpgr.data.stream import LocalSource, Source
 from hpgr.on_ray.benchmarks import machine, spread
 from hpgr.on_ray.command import DEFAULT
 from hpgr.on_ray.parallel import RayExecute
@@ -73,7 +73,9 @@ def run(options: argparse.Namespace, say: Say) -> dict[str, Any]:
 def drained(run: Run, name: str, options: argparse.Namespace, say: Say) -> dict[str, Any]:
     """Tokens a second of a stream from both sources, in turns; the first turn warms up."""
     spec = run.spec(name)
-    sources: dict[str, Source] = {"ray": RaySource(0, 1, run.config.resources.data_cpus), "local": LocalSource()}
+    resources = run.config.resources
+    through_ray = RaySource(0, 1, resources.data_cpus, resources.data_workers)
+    sources: dict[str, Source] = {"ray": through_ray, "local": LocalSource()}
     rates: dict[str, list[float]] = {way: [] for way in sources}
     tokens = 0
     for turn in range(options.rounds + 1):
@@ -84,8 +86,4 @@ def drained(run: Run, name: str, options: argparse.Namespace, say: Say) -> dict[
                 rates[way].append(tokens / (time.perf_counter() - start))
     out: dict[str, Any] = {way: spread(values) for way, values in rates.items()}
     say(f"stream: {name}: " + ", ".join(f"{way} {of['median']:,.0f} tokens/s" for way, of in out.items()))
-    return out | {"tokens": tokens, "padding": _padding(spec)}
-
-
-def _padding(spec: StreamSpec) -> float:
-    return padding_share(spec.windows(), spec.plan(0))
+    return out | {"tokens": tokens, "padding": padding_share(spec.windows(), spec.plan(0))}
