@@ -47,7 +47,7 @@ def test_what_never_comes_is_refused_at_once_and_what_is_taken_is_waited_for(loc
     assert cluster.most is None, "a local Ray has no autoscaler"
     cpus = int(cluster.nodes[0].cpus)
     with pytest.raises(ConfigError, match=r"can never be had.*lower the keys"):
-        wait_for(Ask("worker", "the keys", 1, cpus + 1.0), 30, print)
+        wait_for(Ask("worker", "lower the keys", 1, cpus + 1.0), 30, print)
 
     @ray.remote(num_cpus=1)
     class Holder:
@@ -57,9 +57,9 @@ def test_what_never_comes_is_refused_at_once_and_what_is_taken_is_waited_for(loc
     ray.get(holder.ready.remote())
     lines: list[str] = []
     with pytest.raises(HpgrError, match=r"not free after 0\.0 minutes.*resources\.wait_minutes"):
-        wait_for(Ask("worker", "the keys", cpus, 1.0), 0.02, lines.append)
+        wait_for(Ask("worker", "lower the keys", cpus, 1.0), 0.02, lines.append)
     ray.kill(holder)
-    wait_for(Ask("worker", "the keys", cpus, 1.0), 1, lines.append)
+    wait_for(Ask("worker", "lower the keys", cpus, 1.0), 1, lines.append)
 
 
 def test_a_journal_has_a_json_object_a_line(tmp_path: Path) -> None:
