@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("chaos", "random deaths (tests/faults/test_chaos.py, -m chaos)")
     group.addoption("--chaos-runs", type=int, default=20, help="jobs to disturb")
     group.addoption("--chaos-seed", type=int, default=0, help="what decides when and of what they die")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests that signal jobs, and themselves, mean the signals' defaults; a shell's background ignores some."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _table(rows: Rows) -> pa.Table:
