@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -22,6 +23,9 @@ FORMAT = 1
 """Version of run folders and prepared logs; a folder of another version is refused, never guessed at."""
 SPACE = "; check space and permissions"
 """What helps against most refusals to write."""
+PAUSES = (0.5, 2.0)
+"""Seconds before a store that refused a read is asked again."""
+T = TypeVar("T")
 
 
 def resolve(path: str) -> tuple[pafs.FileSystem, str]:
@@ -109,11 +113,30 @@ class Folder:
             filesystem.create_dir(path.rpartition("/")[0], recursive=True)
             filesystem.move(self.path(source)[1], path)
 
+    def reading(self, name: str, work: Callable[[pafs.FileSystem, str], T]) -> T:
+        """What `work` reads of a file, given its filesystem and path.
+
+        A store that refuses is asked again. Its client does not do so where the refusal's words are longer than what
+        was to be read, as of small files and headers: it takes them for a broken stream.
+
+        Raises:
+            ArtifactError: the file is missing or unreadable.
+        """
+        filesystem, path = self.path(name)
+        pauses = iter(() if self.is_local else PAUSES)
+        while True:
+            try:
+                with refusal("read", path):
+                    return work(filesystem, path)
+            except StoreError:
+                pause = next(pauses, None)
+                if pause is None:
+                    raise
+                time.sleep(pause)
+
     def read(self, name: str) -> bytes:
         """Whole file. Raises ArtifactError if it is missing or unreadable."""
-        filesystem, path = self.path(name)
-        with refusal("read", path), filesystem.open_input_file(path) as file:
-            return bytes(file.read())
+        return self.reading(name, _read_whole)
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file whole or not at all: on a disk it is flushed, then renamed; on a store it is one upload."""
@@ -136,9 +159,9 @@ class Folder:
         self.write(name, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode())
 
     def read_parquet(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        filesystem, path = self.path(name)
-        with refusal("read", path):
-            return pq.ParquetFile(path, filesystem=filesystem).read(columns=columns)
+        return self.reading(
+            name, lambda filesystem, path: pq.ParquetFile(path, filesystem=filesystem).read(columns=columns)
+        )
 
     def write_parquet(self, name: str, table: pa.Table) -> None:
         sink = pa.BufferOutputStream()
@@ -157,6 +180,11 @@ class Folder:
         filesystem, path = self.path(name)
         with refusal("delete", path), suppress(FileNotFoundError):
             filesystem.delete_file(path)
+
+
+def _read_whole(filesystem: pafs.FileSystem, path: str) -> bytes:
+    with filesystem.open_input_file(path) as file:
+        return bytes(file.read())
 
 
 def _write_local(path: str, content: bytes) -> None:

@@ -23,14 +23,19 @@ class Weather:
 
     refuse: float = 0.0
     delay: float = 0.0
+    next_reads: int = 0
+    """Reads to refuse, those that come next."""
     refused: int = 0
     served: int = 0
     rng: Random = field(default_factory=lambda: Random(0))
     lock: Lock = field(default_factory=Lock)
 
-    def refuses(self) -> bool:
+    def refuses(self, method: str) -> bool:
+        """Whether this request is answered with 503."""
         with self.lock:
-            out = self.rng.random() < self.refuse
+            due = method == "GET" and self.next_reads > 0
+            self.next_reads -= due
+            out = due or self.rng.random() < self.refuse
             self.refused, self.served = self.refused + out, self.served + (not out)
             return out
 
@@ -67,7 +72,7 @@ def gate(endpoint: str, weather: Weather) -> Iterator[str]:
         def forward(self) -> None:
             body = self.body()
             time.sleep(weather.delay)
-            if weather.refuses():
+            if weather.refuses(self.command):
                 return self.answer(503, [], b"<Error><Code>SlowDown</Code><Message>Slow down</Message></Error>")
             connection = http.client.HTTPConnection(target, timeout=60)
             headers = {k: v for k, v in self.headers.items() if k.lower() not in ("transfer-encoding", "expect")}

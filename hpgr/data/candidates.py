@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.fs as pafs
 import pyarrow.ipc as ipc
 
 from hpgr.artifacts import Folder
@@ -182,12 +183,15 @@ def _write_cut(writer: ipc.RecordBatchFileWriter, block: pa.Table, shards: int) 
 
 def dealt_rows(shard: int, shards: int, folder: Folder, data: Data, layout: Layout) -> pa.Table:
     """Canonical rows of one shard from all dealt fragments, in the fragments' order."""
+
+    def of_shard(filesystem: pafs.FileSystem, path: str) -> list[pa.Table]:
+        with filesystem.open_input_file(path) as source, ipc.open_file(source) as file:
+            batches = [file.get_batch(i) for i in range(shard, file.num_record_batches, shards)]
+        return [pa.Table.from_batches([batch]) for batch in batches]
+
     parts = [empty_candidates(data, layout)]
     for name in folder.entries(DEALT):
-        filesystem, path = folder.path(f"{DEALT}/{name}")
-        with filesystem.open_input_file(path) as source, ipc.open_file(source) as file:
-            parts += [pa.Table.from_batches([file.get_batch(i)])
-                      for i in range(shard, file.num_record_batches, shards)]  # fmt: skip
+        parts += folder.reading(f"{DEALT}/{name}", of_shard)
     return pa.concat_tables(parts).combine_chunks()
 
 

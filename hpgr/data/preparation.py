@@ -327,9 +327,8 @@ def ipc_writer(folder: Folder, name: str, schema: pa.Schema) -> Iterator[ipc.Rec
 
 
 def _read_ipc(folder: Folder, name: str) -> pa.Table:
-    filesystem, path = folder.path(name)
-    with filesystem.open_input_stream(path) as source:
-        return ipc.open_stream(source).read_all()
+    """The whole file at once: a store would be asked for each of its headers."""
+    return ipc.open_stream(folder.read(name)).read_all()
 
 
 def _sorted(bucket: int) -> str:

@@ -13,7 +13,7 @@ import ray.data
 from ray.exceptions import RayError
 
 import hpgr.errors
-from hpgr.errors import HpgrError
+from hpgr.errors import HpgrError, StoreError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -23,7 +23,8 @@ SAY_EVERY_SECONDS, SAY_SHARE = 5.0, 0.2
 
 @dataclass(frozen=True)
 class _Call:
-    """Runs the function on one item. A user's error comes back as a value, so that it is shown as it is."""
+    """Runs the function on one item. A user's error, or a disk's or store's, comes back as a value, so that it is
+    shown as it is."""
 
     function: Callable[[Any], Any]
     items: Sequence[Any]
@@ -32,8 +33,9 @@ class _Call:
         index = int(row["id"])
         try:
             result = self.function(self.items[index])
-        except HpgrError as error:
-            return {"id": index, "failed": type(error).__name__, "result": pickle.dumps(str(error))}
+        except (HpgrError, OSError) as error:
+            kind = type(error) if isinstance(error, HpgrError) else StoreError
+            return {"id": index, "failed": kind.__name__, "result": pickle.dumps(str(error))}
         return {"id": index, "failed": "", "result": pickle.dumps(result)}
 
 

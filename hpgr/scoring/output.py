@@ -155,10 +155,12 @@ def publish(request: Request, records: dict[int, dict[str, Any]]) -> None:
         """Check one part against its record and move it to its final name."""
         name, file = entry
         place = f"{PENDING}/{name}" if pending.get(name) == file["bytes"] else name
-        filesystem, path = folder.path(place)
-        if pq.ParquetFile(path, filesystem=filesystem).metadata.num_rows != file["rows"]:
-            raise ArtifactError(f"{path} does not hold the {file['rows']} rows of its record; delete {request.output} "
-                                "and run the same command again")  # fmt: skip
+        rows = folder.reading(
+            place, lambda filesystem, path: pq.ParquetFile(path, filesystem=filesystem).metadata.num_rows
+        )
+        if rows != file["rows"]:
+            raise ArtifactError(f"{request.output}/{place} does not hold the {file['rows']} rows of its record; delete "
+                                f"{request.output} and run the same command again")  # fmt: skip
         if place != name:
             folder.move(place, name)
 

@@ -122,6 +122,7 @@ def test_report_and_summary(finished: tuple[Path, str]) -> None:
     assert finished[1].count(": finished auc") == 5
 
 
+@pytest.mark.slow
 def test_a_finished_search_is_not_done_again_and_grows_with_its_budget(finished: tuple[Path, str]) -> None:
     cwd, before = finished[0].parent, json.loads((finished[0] / "search.json").read_text())
     refused = run(command(cwd, "--space", str(cwd / "space.yaml"), "--run", "first"), cwd)

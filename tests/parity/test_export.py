@@ -63,6 +63,7 @@ def test_the_program_equals_the_model(settings: dict[str, Any]) -> None:
     assert float(torch.cat([e.flatten() for e in eager]).std()) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_history_below_the_least_is_refused() -> None:
     config = tiny()
     program: Any = export_model(shaken(click_model(config, SIZES)), SIZES).module()  # type: ignore[arg-type]

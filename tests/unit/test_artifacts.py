@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from helpers_store import Weather, gate
 
+from hpgr import artifacts
 from hpgr.artifacts import FORMAT, Folder, check_format, fingerprint, resolve
 from hpgr.config import Config
 from hpgr.data.preparation import Prepared, in_process, prepare
-from hpgr.errors import ArtifactError
+from hpgr.errors import ArtifactError, StoreError
 
 
 @pytest.fixture
@@ -86,3 +89,19 @@ def test_fingerprints_follow_content_not_order() -> None:
 def test_another_format_is_refused(found: object) -> None:
     with pytest.raises(ArtifactError, match="use another folder"):
         check_format(found, "run folder x")
+
+
+def test_a_store_that_refuses_a_short_read_is_asked_again(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client does not: a refusal longer than what is read is a broken stream to it."""
+    folder, weather = Folder(f"{bucket}/run"), Weather()
+    folder.write("small", b"a few bytes")
+    with gate(os.environ["AWS_ENDPOINT_URL"], weather) as through:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", through)
+        monkeypatch.setattr(artifacts, "PAUSES", (0.0, 0.0))
+        for times in (1, 2):
+            weather.next_reads = times
+            assert folder.read("small") == b"a few bytes"
+            assert weather.next_reads == 0
+        weather.next_reads = 3
+        with pytest.raises(StoreError, match=r"cannot read .*run/small"):
+            folder.read("small")
