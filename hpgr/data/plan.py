@@ -14,6 +14,9 @@ from hpgr.data.hashing import combine, uniform
 from hpgr.data.windows import Windows
 from hpgr.schema import Array, Ints, offsets_of
 
+JITTER = 0.05
+"""Lengths vary by up to this share between epochs, so that a window's companions do."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -51,13 +54,28 @@ def _bucket_groups(windows: Windows, group_tokens: int, seed: int, epoch: int | 
 
 
 def _batches(windows: Windows, inside: Ints, batch_tokens: int, seed: int, epoch: int | None) -> list[Ints]:
-    history, targets = windows.stop - windows.start, windows.t_stop - windows.t_start
-    key = windows.key[inside].view(np.uint64)
-    length = (history + targets)[inside].astype(float)
+    order = inside[_alike(windows.take(inside), batch_tokens, seed, epoch)]
+    return _cut(order, (windows.stop - windows.start)[order], (windows.t_stop - windows.t_start)[order], batch_tokens)
+
+
+def _alike(windows: Windows, batch_tokens: int, seed: int, epoch: int | None) -> Ints:
+    """An order in which neighbours have like histories and like numbers of impressions: both are padded [D].
+
+    Strips of like histories hold equally many tokens; inside a strip impressions rise, in the next one they fall. A
+    log of n batches has sqrt(n) strips, so that both lengths are cut alike finely.
+    """
+    key = windows.key.view(np.uint64)
+    history, targets = (windows.stop - windows.start).astype(float), (windows.t_stop - windows.t_start).astype(float)
     if epoch is not None:
-        length *= 1 + 0.1 * uniform(seed, epoch, key, 5)
-    order = inside[np.lexsort((key, length))]
-    return _cut(order, history[order], targets[order], batch_tokens)
+        history *= 1 + JITTER * uniform(seed, epoch, key, 5)
+        targets *= 1 + JITTER * uniform(seed, epoch, key, 7)
+        key = combine(seed, epoch, key, 8)
+    by_history = np.lexsort((key, history))
+    before = offsets_of(windows.tokens[by_history])
+    strips = max(1, round(float(before[-1] / batch_tokens) ** 0.5))
+    strip = np.empty(len(windows), np.int64)
+    strip[by_history] = before[:-1] * strips // max(1, before[-1])
+    return np.lexsort((key, history, np.where(strip % 2, -targets, targets), strip))
 
 
 def _cut(order: Ints, history: Array, targets: Array, budget: int) -> list[Ints]:

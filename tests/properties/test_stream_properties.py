@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -357,11 +357,12 @@ def test_epochs_do_not_go_from_short_to_long() -> None:
     assert abs(np.corrcoef(place, means)[0, 1]) < 0.5
 
 
-def test_padding_is_small() -> None:
-    windows = random_windows(0, 2000)
-    groups = plan_epoch(windows, 2000, 10**9, 0, 0)
-    assert padding_share(windows, groups) < 0.4
-    assert len([b for g in groups for b in g.batches]) < windows.tokens.sum() / 2000 * 2
+def test_padding_is_small_in_histories_and_in_impressions() -> None:
+    windows = random_windows(0, 20_000)
+    for some in (windows, replace(windows, t_stop=windows.t_start), replace(windows, stop=windows.start)):
+        groups = plan_epoch(some, 2000, 10**9, 0, 0)
+        assert padding_share(some, groups) < 0.1
+        assert sum(len(g.batches) for g in groups) < some.tokens.sum() / 2000 * 1.15
 
 
 @quick
