@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from hpgr.config.base import Count, Section, Share
+from hpgr.config.base import Count, Natural, Section, Share
 
 
 class Pgsa(Section):
@@ -23,6 +23,9 @@ class Pgsa(Section):
     top_k * (2 * ceil(3 * sigma) + 1) events, all that its Gaussians cover."""
     anchors: Literal["frozen", "live"] = "frozen"
     """Item vectors that choose anchors: a frozen copy of stage 1's table, or the table being trained."""
+    summaries: Natural = 4
+    """Averages of what the user did with the anchors of a candidate, added to its token, each at a learnt sharpness;
+    0 leaves them out. They do not depend on `enabled`, which is about attention."""
     impl: Literal["reference", "gather", "auto"] = "auto"
     """How it is computed; scores agree to 1e-5. reference: weights over the whole history. gather: kept keys alone,
     time and memory linear in them. auto: keys chosen the fast way; on a CPU gather where a batch's padded histories
@@ -79,6 +82,11 @@ class Model(Section):
     def sparse(self) -> bool:
         """Whether the click model attends by PGSA."""
         return self.name == "hpgr" and self.pgsa.enabled
+
+    @property
+    def by_vectors(self) -> bool:
+        """Whether the click model compares items by their vectors, in PGSA or in summaries."""
+        return self.name == "hpgr" and (self.pgsa.enabled or self.pgsa.summaries > 0)
 
     @model_validator(mode="after")
     def _divides(self) -> Model:

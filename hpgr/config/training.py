@@ -30,10 +30,14 @@ class Stage1(Section):
     from those before it, the field's standard retrieval model."""
     epochs: Count = 20
     """Most epochs."""
-    patience: Count = 5
-    """Validations without a better NDCG@10 before the stage stops."""
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """Validations without a better NDCG@10 before the stage stops; null trains all epochs, and takes the best. A stage
+    that stops by a few hundred users' figures often does so in its first epochs, before vectors have learnt."""
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of a session's events to hide."""
+    action_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of predicting, of each hidden event, what was done with its item beside which item it was; 0, or a log
+    of fewer than two actions, leaves it out. The objective masked_item alone."""
     causal_share: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of rows encoded left to right, the form stage 2 uses; the rest see both sides."""
     full_softmax_items: Natural = 20_000

@@ -34,9 +34,9 @@ class Config(Section):
             )
         if not (self.stage1.enabled or self.stage2.enabled):
             raise ValueError("stage1.enabled and stage2.enabled are both false: nothing to train")
-        if not self.stage1.enabled and self.model.sparse and self.model.pgsa.anchors == "frozen":
+        if not self.stage1.enabled and self.model.by_vectors and self.model.pgsa.anchors == "frozen":
             raise ValueError(
                 "model.pgsa.anchors frozen needs stage1.enabled: without it anchors would be chosen by random vectors; "
-                "use model.pgsa.anchors=live or model.pgsa.enabled=false"
+                "use model.pgsa.anchors=live, or model.pgsa.enabled=false with model.pgsa.summaries=0"
             )
         return self

@@ -65,7 +65,11 @@ class ItemModel(nn.Module):
             loss = F.cross_entropy(logits.float(), target - self.first_item, reduction="sum")
         else:
             loss = self._sampled_loss(state, target, negatives)
-        return Output(loss, asked.sum(), state.new_zeros(0))
+        return Output(loss + self.beside(state, target, x.h_action[asked]), asked.sum(), state.new_zeros(0))
+
+    def beside(self, state: Tensor, item: Tensor, action: Tensor) -> Tensor | float:
+        """What else is asked of the asked events: a sum of losses to add. [T, D], [T], [T]."""
+        return 0.0
 
     def catalogue_logits(self, state: Tensor) -> Tensor:
         """[T, D] -> [T, V of the catalogue]."""
@@ -140,8 +144,8 @@ class ClickModel(nn.Module):
     def read(self, past: Past, x: Inputs, noise: Noise | None = None, shares: list[Tensor] | None = None) -> Tensor:
         """Logits of the candidates of `x` over the encoded histories of its rows: [B, M].
 
-        Of the histories themselves only items, times and sessions are read again. A list given as `shares` gets each
-        layer's attention shares, [B, M, N] (see `HstuLayer.shares`), of models that attend in layers.
+        Of the histories themselves only items, times, actions and sessions are read again. A list given as `shares`
+        gets each layer's attention shares, [B, M, N] (see `HstuLayer.shares`), of models that attend in layers.
         """
         raise AssertionError("a kind of ClickModel says how")
 
@@ -169,8 +173,12 @@ class TokenClick(ClickModel):
         self.head = click_head(model.width, sizes.base_rate)
 
     def candidates(self, x: Inputs, noise: Noise | None) -> Tensor:
-        """Candidate tokens, with what the visible past says of exactly their item: [B, M, D]."""
-        return self.events.candidates(x, noise, 0.0 if self.match is None else self.match(x, visible_matches(x)))
+        """Candidate tokens: [B, M, D]."""
+        return self.events.candidates(x, noise, self.known(x))
+
+    def known(self, x: Inputs) -> Tensor | float:
+        """What the visible past says of candidates, to add to their tokens: [B, M, D]. Here, of exactly their item."""
+        return 0.0 if self.match is None else self.match(x, visible_matches(x))
 
 
 def visible_matches(x: Inputs) -> Tensor:

@@ -15,6 +15,7 @@ from hpgr.model.hstu import HstuEncoder, KeyValue
 from hpgr.model.inputs import Inputs
 from hpgr.model.noise import Noise, number_sites
 from hpgr.model.pgsa import select_anchors, visible_mask
+from hpgr.model.preference import PreferenceFeatures, nearest
 from hpgr.model.relation import Queries, Relation, keep, relate, relate_sparsely, sparse_weights
 from hpgr.model.sem import Sem
 
@@ -76,7 +77,9 @@ class HpgrClick(HstuClick):
         if self.sem is not None:
             self.gate_intra = nn.Parameter(torch.zeros(model.width))
             self.gate_inter = nn.Parameter(torch.zeros(model.width))
-        frozen = model.sparse and model.pgsa.anchors == "frozen"
+        count = model.pgsa.summaries
+        self.preference = PreferenceFeatures(count, sizes.actions, model.width) if count else None
+        frozen = model.by_vectors and model.pgsa.anchors == "frozen"
         self.register_buffer("anchor_table", torch.zeros(sizes.items if frozen else 0, model.width))
         number_sites(self)
 
@@ -93,6 +96,15 @@ class HpgrClick(HstuClick):
             return tokens
         intra, context = self.sem(tokens, x, noise, torch.ones_like(x.causal))
         return tokens + torch.tanh(self.gate_intra) * (intra - tokens) + torch.tanh(self.gate_inter) * context
+
+    def known(self, x: Inputs) -> Tensor | float:
+        """Of exactly their item, and of the items nearest to it: [B, M, D]."""
+        if self.preference is None:
+            return super().known(x)
+        pgsa, rows = self.config.pgsa, torch.arange(len(x.h_item), device=x.h_item.device)[:, None, None]
+        query, key = self.anchor_vectors(x.c_item), self.anchor_vectors(x.h_item)
+        place, relevance, real = nearest(query, key, x.c_visible, pgsa.top_k, pgsa.impl)
+        return super().known(x) + self.preference(relevance, x.h_action[rows, place], real)
 
     def history_vectors(self, x: Inputs) -> Tensor | None:
         return self.anchor_vectors(x.h_item) if self.config.sparse else None

@@ -26,7 +26,7 @@ class ItemStage:
 
     def __init__(self, config: Config, sizes: Sizes, counts: Array, stream: StreamSpec, validation: StreamSpec) -> None:
         stage = config.stage1
-        self.epochs, self.patience, self.validate_every = stage.epochs, stage.patience, 0
+        self.epochs, self.patience, self.validate_every = stage.epochs, stage.patience or stage.epochs, 0
         self.optimiser, self.stream, self.validation = stage.optimiser, stream, validation
         self.filter_seen = config.evaluation.filter_seen
         self.model = item_model(config, sizes)

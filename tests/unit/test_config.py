@@ -133,7 +133,8 @@ def test_contradictions_are_refused(raw: dict[str, Any], fault: str) -> None:
     "raw",
     [
         {"stage1": {"enabled": False}, "model": {"pgsa": {"anchors": "live"}}},
-        {"stage1": {"enabled": False}, "model": {"pgsa": {"enabled": False}}},
+        {"stage1": {"enabled": False}, "model": {"pgsa": {"enabled": False, "summaries": 0}}},
+        {"stage1": {"enabled": False}, "model": {"name": "hstu"}},
         {"stream": {"window": 2, "stride": 1, "batch_tokens": 2}},
         {"data": {"split": DATES | {"validation_from": "2020-01-31T23:59:59Z"}}},
         {"data": {"split": DATES | {"validation_from": "2020-01-31T23:59:59-05:00", "test_from": "2020-02-01T06:00Z"}}},

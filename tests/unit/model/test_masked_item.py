@@ -11,19 +11,25 @@ from helpers_model import SIZES, inputs, random_batch, shaken, tiny
 from torch.nn import functional as F
 
 from hpgr.model.base import Negatives
+from hpgr.model.embedding import Sizes
 from hpgr.model.inputs import Inputs
 from hpgr.model.masked_item import MaskedItemModel
+from hpgr.schema import NO_ACTION
 from hpgr.training.stages import ItemStage
 
 CATALOGUE = SIZES.items - SIZES.first_item
 
 
+def built(action_weight: float, sizes: Sizes = SIZES) -> MaskedItemModel:
+    torch.manual_seed(0)
+    out = shaken(MaskedItemModel(tiny(stage1={"action_weight": action_weight}), sizes))
+    assert isinstance(out, MaskedItemModel)
+    return out
+
+
 @pytest.fixture
 def model() -> MaskedItemModel:
-    torch.manual_seed(0)
-    built = shaken(MaskedItemModel(tiny(), SIZES))
-    assert isinstance(built, MaskedItemModel)
-    return built
+    return built(0.0)
 
 
 @pytest.fixture
@@ -45,6 +51,31 @@ def test_the_full_loss_is_cross_entropy_over_known_hidden_items(model: MaskedIte
     logits = model.encode(x)[hidden] @ model.events.item.weight[4:].T + model.item_bias[4:]
     expected = -F.log_softmax(logits, -1)[range(len(logits)), x.h_item[hidden] - 4].sum()
     torch.testing.assert_close(output.loss, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_was_done_with_hidden_items_is_asked_beside_them(model: MaskedItemModel, x: Inputs) -> None:
+    """Weight times the cross-entropy of the actions, given each place's state and its item; no action asks nothing."""
+    asking = built(2.5)
+    asking.load_state_dict(model.state_dict(), strict=False)
+    hidden = x.h_masked & (x.h_item >= SIZES.first_item)
+    x = replace(x, h_action=x.h_action.masked_fill(torch.arange(x.h_item.shape[1]) % 4 == 0, NO_ACTION))
+    done = x.h_action[hidden]
+    assert 0 < (done == NO_ACTION).sum() < len(done)
+    state, item = asking.encode(x)[hidden], asking.events.item(x.h_item[hidden])
+    expected = -F.log_softmax(asking.action_head(state, item), -1)[range(len(done)), done][done != NO_ACTION].sum()
+    torch.testing.assert_close(asking(x).loss - model(x).loss, 2.5 * expected, rtol=1e-4, atol=1e-4)
+    assert asking(x).terms == model(x).terms
+
+
+def test_the_state_does_not_know_what_was_done_with_a_hidden_item(x: Inputs) -> None:
+    asking, other = built(1.0), replace(x, h_action=torch.where(x.h_masked, 1 + x.h_action % 4, x.h_action))
+    assert torch.equal(asking.encode(x), asking.encode(other))
+    assert asking(x).loss != asking(other).loss
+
+
+def test_a_log_of_one_action_asks_nothing(x: Inputs) -> None:
+    assert not hasattr(built(1.0, replace(SIZES, actions=3)), "action_head")
+    assert hasattr(built(1.0, replace(SIZES, actions=4)), "action_head")
 
 
 def test_nothing_hidden_is_a_loss_of_zero_from_no_terms(model: MaskedItemModel, x: Inputs) -> None:

@@ -170,7 +170,7 @@ def test_sparse_with_all_events_equals_dense(rows: int, events: int, targets: in
     results = []
     for pgsa in ({"top_k": events + seed % 3, "sigma": sigma}, {"enabled": False}):
         torch.manual_seed(0)
-        model = click_model(tiny(model={"pgsa": {"anchors": "live", **pgsa}}), SIZES)
+        model = click_model(tiny(model={"pgsa": {"anchors": "live", "summaries": 0, **pgsa}}), SIZES)
         shaken(model)
         output = model(inputs(batch))
         output.loss.backward()

@@ -1,0 +1,50 @@
+"""What the user did with the past events that a candidate prefers: a neighbourhood model inside HPGR [D].
+
+Shapes: B rows, M candidates, N history events, K anchors, D width, T sharpnesses, A actions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hpgr.model.pgsa import select_anchors
+from hpgr.model.select import select_anchors_in_tiles
+
+SHARPEST, SOFTEST = 32.0, 2.0
+"""Sharpnesses at the start lie between these: from the nearest few anchors alone to nearly all alike."""
+
+
+class PreferenceFeatures(nn.Module):
+    """Averages of the actions of a candidate's anchors, the nearer ones counting more, as a vector [D].
+
+    For each of T learnt sharpnesses b: sum over anchors k of softmax_k(b s_k) e(action_k), with s_k the relevance that
+    chose them (see `select_anchors`). Attention could express this through its values, but has to learn to compare
+    item vectors first; here stage 1's comparison is there from the first step. It starts at zero.
+    """
+
+    def __init__(self, count: int, actions: int, width: int) -> None:
+        super().__init__()
+        ends = torch.tensor([SOFTEST, SHARPEST]).log()
+        self.log_sharpness = nn.Parameter(torch.linspace(float(ends[0]), float(ends[1]), count))
+        self.action = nn.Parameter(torch.zeros(count, actions, width))
+
+    def forward(self, relevance: Tensor, action: Tensor, real: Tensor) -> Tensor:
+        """Relevance, action and reality of each candidate's anchors, [B, M, K] each -> [B, M, D]."""
+        logits = relevance[..., None, :] * self.log_sharpness.exp()[:, None]
+        logits = logits.masked_fill(~real[..., None, :], torch.finfo(logits.dtype).min)
+        share = logits.softmax(-1) * real[..., None, :]
+        counted = share.new_zeros(*share.shape[:-1], self.action.shape[1])
+        counted = counted.scatter_add(-1, action[..., None, :].expand_as(share), share)
+        return torch.einsum("bmta,tad->bmd", counted, self.action)
+
+
+def nearest(query: Tensor, key: Tensor, visible: Tensor, top_k: int, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Anchors of queries by item vectors [B, M, D] and [B, N, D]: positions, relevance, reality, [B, M, K] each."""
+    select = select_anchors if impl == "reference" else select_anchors_in_tiles
+    place, real = select(query, key, visible, top_k)
+    place = torch.where(real, place, 0)
+    rows = torch.arange(len(key), device=key.device)[:, None, None]
+    with torch.no_grad():
+        relevance = (query[:, :, None] * key[rows, place]).sum(-1)
+    return place, relevance, real
