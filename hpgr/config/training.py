@@ -22,6 +22,11 @@ class Optimiser(Section):
     """Largest norm of the gradient; longer ones are scaled to it."""
 
 
+class ItemOptimiser(Optimiser):
+    lr: Positive = 3e-3
+    """Peak learning rate of AdamW; vectors from nothing need a larger one than stage 2's, which start from them."""
+
+
 class Stage1(Section):
     enabled: bool = True
     """False trains stage 2 from random vectors."""
@@ -44,7 +49,7 @@ class Stage1(Section):
     """Catalogues up to this size use the full softmax, larger ones the logQ-corrected sampled one."""
     negatives: Count = 2048
     """Items drawn a step for the sampled softmax."""
-    optimiser: Optimiser = Optimiser()
+    optimiser: ItemOptimiser = ItemOptimiser()
 
 
 class Stage2(Section):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpgr.config import Config
+from hpgr.config import Config, Optimiser
 from hpgr.data.stream import Source, StreamSpec
 from hpgr.evaluation import click_scores, rank_next_items, score
 from hpgr.metrics import ClickScores
@@ -27,7 +27,8 @@ class ItemStage:
     def __init__(self, config: Config, sizes: Sizes, counts: Array, stream: StreamSpec, validation: StreamSpec) -> None:
         stage = config.stage1
         self.epochs, self.patience, self.validate_every = stage.epochs, stage.patience or stage.epochs, 0
-        self.optimiser, self.stream, self.validation = stage.optimiser, stream, validation
+        self.optimiser: Optimiser = stage.optimiser
+        self.stream, self.validation = stream, validation
         self.filter_seen = config.evaluation.filter_seen
         self.model = item_model(config, sizes)
         self._first_item, self._seed, self._n = sizes.first_item, config.seed, stage.negatives
