@@ -29,6 +29,7 @@ FREE = {
     "model.pgsa.sigma": 0.0,
     "model.pgsa.scope": "candidate",
     "model.pgsa.anchors": "live",
+    "model.pgsa.summaries": 0,
     "stream.stride": 4,
     "stage2.epochs": 3,
     "stage2.optimiser.lr": 0.1,
@@ -44,6 +45,7 @@ BOUND = {
     "stage1.mask_ratio": 0.5,
     "stage1.causal_share": 1.0,
     "stage1.optimiser.lr": 0.02,
+    "stage1.action_weight": 0.0,
     "stage1.objective": "next_item",
 }
 
