@@ -18,6 +18,7 @@ from hpgr.model.inputs import Inputs
 from hpgr.model.noise import Noise
 from hpgr.model.pgsa import visible_mask
 
+ITEM_TABLE = "events.item.weight"
 INHERITED = ("events.", "sem.", "encoder.")
 """Parameters that stage 2 takes over from stage 1, where both have them."""
 
@@ -115,10 +116,22 @@ class ClickModel(nn.Module):
         super().__init__()
         self.config, self.window = config.model, config.stream.window
 
-    def inherit(self, stage1: dict[str, Tensor]) -> None:
-        """Take over stage 1's weights."""
+    def inherit(self, stage1: dict[str, Tensor], seen: Tensor, shrinkage: float) -> None:
+        """Take over stage 1's weights.
+
+        A rare item's vector tells little but that stage 1 has seen it at all: of an item shown twice and clicked once,
+        that the impression to learn from was the clicked one, which no later impression tells [D]. So vectors shrink
+        to the mean vector, by how often the item was seen.
+
+        Args:
+            stage1: its parameters by name.
+            seen: [V] occurrences of each item of the catalogue in training time.
+            shrinkage: occurrences that the mean vector counts as; 0 takes vectors as they are.
+        """
         own = self.state_dict()
         taken = {k: v for k, v in stage1.items() if k.startswith(INHERITED) and k in own}
+        if ITEM_TABLE in taken and shrinkage:
+            taken[ITEM_TABLE] = shrunk(taken[ITEM_TABLE], seen, shrinkage)
         self.load_state_dict(own | taken)
 
     def know_items(self, items: pa.Table) -> None:
@@ -160,6 +173,14 @@ class ClickModel(nn.Module):
     def anchors(self, past: Past, x: Inputs) -> tuple[Tensor, Tensor]:
         """Positions of the candidates' anchors and whether each is real: [B, M, K] (see `select_anchors`)."""
         raise AssertionError("dense attention has no anchors")
+
+
+def shrunk(table: Tensor, seen: Tensor, shrinkage: float) -> Tensor:
+    """(n e + c m) / (n + c) of the catalogue's rows, the last [V], with their mean m by occurrences: [items, D]."""
+    first, n = len(table) - len(seen), seen.to(table.dtype)[:, None]
+    own = table[first:]
+    mean = (n * own).sum(0) / n.sum().clamp(min=1)
+    return torch.cat([table[:first], (n * own + shrinkage * mean) / (n + shrinkage)])
 
 
 class TokenClick(ClickModel):

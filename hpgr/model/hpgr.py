@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpgr.config import Config
-from hpgr.model.base import Past, TokenClick
+from hpgr.model.base import ITEM_TABLE, Past, TokenClick
 from hpgr.model.embedding import Sizes
 from hpgr.model.hstu import HstuEncoder, KeyValue
 from hpgr.model.inputs import Inputs
@@ -83,11 +83,11 @@ class HpgrClick(HstuClick):
         self.register_buffer("anchor_table", torch.zeros(sizes.items if frozen else 0, model.width))
         number_sites(self)
 
-    def inherit(self, stage1: dict[str, Tensor]) -> None:
-        """Take over stage 1's weights, and its item table as the frozen anchor vectors."""
-        super().inherit(stage1)
+    def inherit(self, stage1: dict[str, Tensor], seen: Tensor, shrinkage: float) -> None:
+        """Take over stage 1's weights, and its item table, as it is, as the frozen anchor vectors."""
+        super().inherit(stage1, seen, shrinkage)
         if len(self.anchor_table):
-            self.anchor_table.copy_(F.normalize(stage1["events.item.weight"], dim=-1))
+            self.anchor_table.copy_(F.normalize(stage1[ITEM_TABLE], dim=-1))
 
     def history(self, x: Inputs, noise: Noise | None) -> Tensor:
         """History tokens after the SEM in its causal form, both branches gated from zero [D]: [B, N, D]."""

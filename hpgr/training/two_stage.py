@@ -142,7 +142,9 @@ def _clicks(
     stage = ClickStage(run.config, run.sizes(), run.spec("click-train"), run.spec("click-validation"))
     stage.model.know_items(items)
     if stage1 is not None:
-        stage.model.inherit({k: v.cpu() for k, v in stage1.model.state_dict().items()})
+        seen = torch.tensor(items.column("count").to_numpy())
+        weights = {k: v.cpu() for k, v in stage1.model.state_dict().items()}
+        stage.model.inherit(weights, seen, run.config.stage2.shrinkage)
     tested = partial(_test_click, run, worker, stage.model, items) if test else None
     found = _finish(run, worker, stage, out, tested)
     found["cost"], out["seconds"]["scoring_a_million"] = _cost(run, worker, stage.model)

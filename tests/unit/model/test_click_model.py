@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from hpgr.model.masked_item import MaskedItemModel
 from hpgr.model.registry import click_model
 
+SEEN = torch.arange(SIZES.items - SIZES.first_item)
+
 
 def stage1(**over: object) -> dict[str, torch.Tensor]:
     torch.manual_seed(4)
@@ -24,7 +26,7 @@ def test_stage_2_takes_over_events_sem_and_the_frozen_table() -> None:
     model = click_model(tiny(), SIZES)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     taken = stage1()
-    model.inherit(taken)
+    model.inherit(taken, SEEN, 0.0)
     after = model.state_dict()
     inherited = [k for k in after if k.startswith(("events.", "sem."))]
     assert len(inherited) > 20
@@ -36,9 +38,28 @@ def test_stage_2_takes_over_events_sem_and_the_frozen_table() -> None:
         assert torch.equal(after[name], before[name]), name
 
 
+def test_rare_items_start_from_the_mean_vector_and_are_compared_by_their_own() -> None:
+    """(n e + c m) / (n + c), in float64 and plain; what is no item of the catalogue stays as it is."""
+    model, taken = click_model(tiny(), SIZES), stage1()
+    model.inherit(taken, SEEN, 6.0)
+    table = taken["events.item.weight"].double()
+    mean = sum(n * table[4 + n] for n in range(20)) / sum(range(20))
+    for n in range(20):
+        expected = (n * table[4 + n] + 6 * mean) / (n + 6)
+        torch.testing.assert_close(model.events.item.weight[4 + n].double(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(model.events.item.weight[:4], taken["events.item.weight"][:4])
+    torch.testing.assert_close(model.anchor_table, F.normalize(taken["events.item.weight"], dim=-1))
+
+
+def test_a_catalogue_never_seen_is_all_zeros_not_nan() -> None:
+    model = click_model(tiny(), SIZES)
+    model.inherit(stage1(), torch.zeros_like(SEEN), 1.0)
+    assert not model.events.item.weight[4:].any()
+
+
 def test_the_frozen_table_stays_while_the_live_one_is_trained() -> None:
     model = click_model(tiny(), SIZES)
-    model.inherit(stage1())
+    model.inherit(stage1(), SEEN, 0.0)
     frozen, live = model.anchor_table.clone(), model.events.item.weight.detach().clone()
     optimiser = torch.optim.SGD(model.parameters(), lr=1.0)
     model(inputs(random_batch())).loss.backward()
@@ -51,7 +72,7 @@ def test_the_frozen_table_stays_while_the_live_one_is_trained() -> None:
 def test_live_anchors_have_no_copy() -> None:
     model = click_model(tiny(model={"pgsa": {"anchors": "live"}}), SIZES)
     taken = stage1()
-    model.inherit(taken)
+    model.inherit(taken, SEEN, 0.0)
     assert len(model.anchor_table) == 0
     item = torch.arange(4, 9)
     torch.testing.assert_close(model.anchor_vectors(item), F.normalize(taken["events.item.weight"][4:9], dim=-1))
@@ -60,7 +81,7 @@ def test_live_anchors_have_no_copy() -> None:
 def test_a_model_without_sem_takes_over_the_events_alone() -> None:
     model = click_model(tiny(model={"sem": {"in_stage2": False}}), SIZES)
     taken = stage1()
-    model.inherit(taken)
+    model.inherit(taken, SEEN, 0.0)
     assert torch.equal(model.events.item.weight, taken["events.item.weight"])
     assert not [k for k in model.state_dict() if k.startswith("sem.")]
 
@@ -72,7 +93,7 @@ def test_the_inherited_model_starts_as_if_there_were_no_sem() -> None:
     for in_stage2 in (True, False):
         torch.manual_seed(0)
         model = click_model(tiny(model={"sem": {"in_stage2": in_stage2}}), SIZES).eval()
-        model.inherit(taken)
+        model.inherit(taken, SEEN, 0.0)
         scores.append(model.history(x, None))
     assert torch.equal(*scores)
 
