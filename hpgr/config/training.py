@@ -56,8 +56,8 @@ class Stage2(Section):
     enabled: bool = True
     """False trains stage 1 alone: a retrieval model."""
     shrinkage: Annotated[float, Field(ge=0)] = 20.0
-    """Inherited item vectors shrink to their mean as if it had been seen this often beside each item's own occurrences;
-    0 takes them as they are. Vectors of rare items would tell which training impressions were clicked."""
+    """Inherited item vectors shrink to their mean, which counts as this many engagements beside each item's own; 0
+    takes them as they are. Vectors of rare items would tell which training impressions were clicked."""
     epochs: Count = 10
     """Most epochs."""
     patience: Count = 3

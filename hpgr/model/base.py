@@ -121,12 +121,12 @@ class ClickModel(nn.Module):
 
         A rare item's vector tells little but that stage 1 has seen it at all: of an item shown twice and clicked once,
         that the impression to learn from was the clicked one, which no later impression tells [D]. So vectors shrink
-        to the mean vector, by how often the item was seen.
+        to the mean vector, by how often users engaged with the item.
 
         Args:
             stage1: its parameters by name.
-            seen: [V] occurrences of each item of the catalogue in training time.
-            shrinkage: occurrences that the mean vector counts as; 0 takes vectors as they are.
+            seen: [V] engagements with each item of the catalogue in training time.
+            shrinkage: engagements that the mean vector counts as; 0 takes vectors as they are.
         """
         own = self.state_dict()
         taken = {k: v for k, v in stage1.items() if k.startswith(INHERITED) and k in own}

@@ -142,13 +142,18 @@ def _clicks(
     stage = ClickStage(run.config, run.sizes(), run.spec("click-train"), run.spec("click-validation"))
     stage.model.know_items(items)
     if stage1 is not None:
-        seen = torch.tensor(items.column("count").to_numpy())
         weights = {k: v.cpu() for k, v in stage1.model.state_dict().items()}
-        stage.model.inherit(weights, seen, run.config.stage2.shrinkage)
+        stage.model.inherit(weights, _engagements(items), run.config.stage2.shrinkage)
     tested = partial(_test_click, run, worker, stage.model, items) if test else None
     found = _finish(run, worker, stage, out, tested)
     found["cost"], out["seconds"]["scoring_a_million"] = _cost(run, worker, stage.model)
     return {"stage2": found} | ({"baselines": found["test"].pop("baselines_auc")} if test else {})
+
+
+def _engagements(items: pa.Table) -> torch.Tensor:
+    """How often users did something with each item in training time, impressions without a click left out: [V]."""
+    count, shown, clicked = (items.column(name).to_numpy() for name in ("count", "shown", "clicked"))
+    return torch.tensor(count - shown + clicked)
 
 
 def _item_stage(run: Run, items: pa.Table) -> ItemStage:
