@@ -4,6 +4,7 @@
 python jobs/benchmark.py attention                                 # 5 minutes on 2 cores, 9 GB for dense at 8192
 python jobs/benchmark.py prepare                                   # 10 million rows; pip install 'hpgr[peers]' first
 python jobs/benchmark.py stream                                    # minutes on 2 cores
+python jobs/benchmark.py search-overhead                           # minutes on 2 cores
 python jobs/benchmark.py score                                     # a million pairs: minutes on 2 cores
 python jobs/benchmark.py score --users 500 --rounds 2 --json score.json
 """
@@ -24,6 +25,7 @@ BENCHMARKS = {
     "attention": "PGSA over kept keys against dense HSTU attention, forward and backward, by history length",
     "prepare": "preparing a log against DuckDB and Polars that sort and sessionise the same files",
     "stream": "batches for the trainers against what training takes, and against no Ray",
+    "search-overhead": "trials that train in their own process against trials that train by Ray Train",
     "score": "cached batch scoring against encoding the history anew for each candidate",
 }
 """Modules of hpgr.on_ray.benchmarks, with what they compare."""
@@ -35,12 +37,16 @@ def job(argv: Sequence[str]) -> None:
     for name, text in BENCHMARKS.items():
         one = names.add_parser(name, help=text, description=text)
         one.add_argument("--json", metavar="FILE", help="write the figures here")
-        import_module(f"hpgr.on_ray.benchmarks.{name}").arguments(one)
+        _module(name).arguments(one)
     arguments = parser.parse_args(argv)
-    figures = import_module(f"hpgr.on_ray.benchmarks.{arguments.name}").run(arguments, command.say)
+    figures = _module(arguments.name).run(arguments, command.say)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(figures, indent=2), encoding="utf-8")
     print("\n".join(["", *lines(figures)]), flush=True)
+
+
+def _module(name: str) -> Any:
+    return import_module(f"hpgr.on_ray.benchmarks.{name.replace('-', '_')}")
 
 
 def lines(figures: dict[str, Any], before: str = "") -> list[str]:

@@ -117,7 +117,8 @@ def unmarked(reasons: npt.NDArray[np.object_]) -> Mask:
 
 
 def _mark(reasons: npt.NDArray[np.object_], bad: Mask, reason: str) -> None:
-    reasons[bad & unmarked(reasons)] = reason
+    if bad.any():
+        reasons[bad & unmarked(reasons)] = reason
 
 
 def _nulls(column: pa.ChunkedArray) -> Mask:

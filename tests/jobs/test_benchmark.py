@@ -115,3 +115,12 @@ def test_stream(benchmark: Benchmark) -> None:
         assert 0 < figures["data_wait_share"][stage] < 1
         assert 0 <= figures["padding_share"][stage] < 1
         assert figures["tokens_per_second"][stage]["training"] > 0
+
+
+@pytest.mark.slow
+def test_search_overhead(benchmark: Benchmark) -> None:
+    figures, _ = benchmark("search-overhead --users 120 --epochs 1 --trials 2")
+    assert figures["ratios"]["nested_over_in_trial"] > 0
+    for way in ("in_trial", "nested"):
+        assert 0 < figures["training_share"][way] < 1
+        assert figures["seconds_a_trial"][way] > 0

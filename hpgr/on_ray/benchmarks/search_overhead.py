@@ -1,0 +1,86 @@
+"""What a search costs beyond training: trials that train in their own process, and trials that train by Ray Train.
+
+Both ways search the generated log with the same trials, none stopped early, one a CPU, in a process and folder of their
+own. Every trial draws another mask ratio, so none shares stage 1 with another. `training_share` is the trials' training
+time over wall clock times trials at once; the rest is preparing the log, starting trials, waiting and testing the best.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from hpgr.on_ray.benchmarks import machine, spread
+
+Say = Callable[[str], None]
+WAYS = {"in_trial": 0, "nested": 1}
+"""Ray Train workers of a trial."""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What is built and measured."""
+    parser.add_argument("--users", type=int, default=3000, help="users of the generated log")
+    parser.add_argument("--epochs", type=int, default=12, help="epochs of each stage")
+    parser.add_argument("--trials", type=int, default=4, help="trials of a search")
+    parser.add_argument("--rounds", type=int, default=1, help="turns of the ways")
+
+
+def run(options: argparse.Namespace, say: Say) -> dict[str, Any]:
+    """Search each way in turns; returns the figures."""
+    done: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    for _ in range(options.rounds):
+        for way, workers in WAYS.items():
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                account = pool.submit(searched, workers, options.users, options.epochs, options.trials).result()
+            done[way].append(account)
+            say(f"search-overhead: {way}: {account['seconds']:.0f} s, {account['training_seconds']:.0f} s of training")
+    at_once = min(os.cpu_count() or 1, options.trials)
+
+    def of(way: str, key: str) -> dict[str, float]:
+        return spread([account[key] for account in done[way]])
+
+    return {
+        "ratios": {"nested_over_in_trial": of("nested", "seconds")["median"] / of("in_trial", "seconds")["median"]},
+        "training_share": {way: of(way, "training_seconds")["median"] / (of(way, "seconds")["median"] * at_once)
+                           for way in WAYS},
+        "seconds": {way: of(way, "seconds") for way in WAYS},
+        "seconds_a_trial": {way: of(way, "training_seconds")["median"] / options.trials for way in WAYS},
+        "settings": {"users": options.users, "epochs": options.epochs, "trials": options.trials, "at_once": at_once},
+        "machine": machine(),
+    }  # fmt: skip
+
+
+def searched(workers: int, users: int, epochs: int, trials: int) -> dict[str, float]:
+    """The account of one search."""
+    from hpgr.config import load_config
+    from hpgr.on_ray.command import DEFAULT
+    from hpgr.on_ray.tune import SearchRequest, search
+    from hpgr.search.space import parse_space
+
+    folder = Path(tempfile.mkdtemp(prefix="hpgr-benchmark-"))
+    settings = [f"data.prepared={folder}/prepared", f"data.synthetic.users={users}", f"resources.workers={workers}"]
+    settings += [f"{key}={epochs}" for key in ("stage1.epochs", "stage2.epochs", "stage2.patience")]
+    space = parse_space({
+        "name": "overhead",
+        "parameters": {"stage1.mask_ratio": {"uniform": [0.1, 0.6]}},
+        "sampler": {"kind": "random"},
+        "scheduler": {"kind": "none"},
+        "budget": {"trials": trials},
+    })  # fmt: skip
+    try:
+        request = SearchRequest(f"{folder}/search", load_config(DEFAULT, settings), space, False)
+        _, data = search(request, _quiet)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return {key: data.account[key] for key in ("seconds", "training_seconds")}
+
+
+def _quiet(_: str) -> None:
+    """The trials' lines are not the benchmark's."""
