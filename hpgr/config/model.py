@@ -26,10 +26,11 @@ class Pgsa(Section):
     summaries: Natural = 4
     """Averages of what the user did with the anchors of a candidate, added to its token, each at a learnt sharpness;
     0 leaves them out. They do not depend on `enabled`, which is about attention."""
-    impl: Literal["reference", "gather", "auto"] = "auto"
+    impl: Literal["reference", "gather", "triton", "auto"] = "auto"
     """How it is computed; scores agree to 1e-5. reference: weights over the whole history. gather: kept keys alone,
-    time and memory linear in them. auto: keys chosen the fast way; on a CPU gather where a batch's padded histories
-    are long (128 events, and twice the keys a query may keep), else the whole history with its weights."""
+    time and memory linear in them. triton: the same as fused kernels, on a CUDA GPU with the package triton. auto: keys
+    chosen the fast way; on a CPU gather where a batch's padded histories are long (128 events, and twice the keys a
+    query may keep), else the whole history with its weights."""
 
 
 class Sem(Section):

@@ -48,12 +48,14 @@ def gather_pays(n: int, slots: int, device: torch.device) -> bool:
 class Links:
     """Kept keys, once for every row and head as one block-diagonal matrix.
 
-    `key` [B H Q, S] counts over all rows and heads ((b H + h) N + j); `weight` [B, Q, S], 0 where a slot is unused.
+    `key` [B H Q, S] counts over all rows and heads ((b H + h) N + j); `weight` [B, Q, S], 0 where a slot is unused;
+    `keys` is B H N; `fused` asks for Triton's kernels.
     """
 
     key: Tensor
     weight: Tensor
     keys: int
+    fused: bool = False
 
     @cached_property
     def start(self) -> Tensor:
@@ -80,12 +82,12 @@ class ByKey:
     start: Tensor
 
 
-def link(kept: Kept, n: int, heads: int) -> Links:
+def link(kept: Kept, n: int, heads: int, fused: bool = False) -> Links:
     """Kept keys of B rows of Q queries over histories of N events."""
     rows, queries, slots = kept.index.shape
     block = torch.arange(rows * heads, device=kept.index.device).view(rows, heads, 1, 1) * n
     key = (kept.index[:, None] + block).view(rows * heads * queries, slots)
-    return Links(key, kept.weight, rows * heads * n)
+    return Links(key, kept.weight, rows * heads * n, fused)
 
 
 def attend_kept(
@@ -106,6 +108,10 @@ def attend_kept(
     Returns:
         [B, H, Q, E].
     """
+    if links.fused:
+        from hpgr.model.fused import attend_fused  # needs triton
+
+        return attend_fused(q, k, v, self_kv, bias, self_bias, links)
     scale = 1 / math.sqrt(q.shape[-1])
     g = links.weight[:, None]
     dots = _Dots.apply(_flat(q), _flat(k), links).view(bias.shape)  # type: ignore[no-untyped-call]

@@ -5,13 +5,16 @@ Shapes: B rows, Q queries (history events or candidates), N history events, D wi
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hpgr.config import Model, Pgsa
+from hpgr.errors import ConfigError
 from hpgr.model.gather import Links, gather_pays, link
 from hpgr.model.inputs import Inputs
 from hpgr.model.pgsa import cap_weights, gaussian_weights, select_anchors
@@ -56,13 +59,13 @@ def relate(
     return Relation(distance, age, same, weights.to(torch.float32))
 
 
-def relate_kept(x: Inputs, queries: Queries, kept: Kept, config: Model, window: int) -> Relation:
+def relate_kept(x: Inputs, queries: Queries, kept: Kept, config: Model, window: int, fused: bool = False) -> Relation:
     """`relate` for kept keys alone."""
     rows = torch.arange(len(kept.index), device=kept.index.device)[:, None, None]
     distance = (queries.visible[..., None] - kept.index).clamp(0, window)
     age = time_bucket(queries.time[..., None] - x.h_time[rows, kept.index], config.time_buckets)
     same = queries.item[..., None] == x.h_item[rows, kept.index]
-    return Relation(distance, age, same, link(kept, x.h_item.shape[1], config.heads))
+    return Relation(distance, age, same, link(kept, x.h_item.shape[1], config.heads, fused))
 
 
 def relate_sparsely(
@@ -76,9 +79,22 @@ def relate_sparsely(
     if impl == "reference":
         return relate(x, *queries, sparse_weights(query, key, queries.visible, config.pgsa), config, window)
     kept = keep(query, key, queries.visible, config.pgsa)
+    if impl == "triton":
+        check_triton(key.device)
+        return relate_kept(x, queries, kept, config, window, fused=True)
     if impl == "gather" or gather_pays(n, kept.index.shape[-1], key.device):
         return relate_kept(x, queries, kept, config, window)
     return relate(x, *queries, kept.dense(n), config, window)
+
+
+def check_triton(device: torch.device) -> None:
+    """Whether `pgsa.impl: triton` can run there. Raises ConfigError."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if find_spec("triton") is None or not (device.type == "cuda" or interpreted):
+        raise ConfigError(
+            f"model.pgsa.impl triton: got a model on {device.type} and {'a' if find_spec('triton') else 'no'} package "
+            "triton, expected both a CUDA GPU and triton; use model.pgsa.impl=auto here"
+        )
 
 
 def sparse_weights(query: Tensor, key: Tensor, visible: Tensor, pgsa: Pgsa) -> Tensor:

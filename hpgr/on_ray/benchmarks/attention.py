@@ -2,7 +2,7 @@
 
 Both ways run the same layers with the same relative bias on the same tokens, in turns; PGSA's time includes its choice
 of keys. `ratios` compares what `pgsa.impl: auto` runs with dense attention as the platform trains it, `gather_ratios`
-the gather at every length, and `ratios_over_tiled_dense` takes a harder baseline: dense attention in causal tiles of
+the gather at every length (`triton_ratios` the fused kernels, on a GPU), and `ratios_over_tiled_dense` takes a harder baseline: dense attention in causal tiles of
 queries that are computed again for gradients, half the work in little memory. A step holds as many events whatever
 their length, as a training batch does, so short histories come several at a time. Peak memory is that of a process
 that runs one step, beyond what it held before.
@@ -41,7 +41,7 @@ from hpgr.schema import SECOND
 
 Say = Callable[[str], None]
 ITEMS = 5000
-WAYS = ("dense", "tiled_dense", "auto", "gather")
+WAYS = {"cpu": ("dense", "tiled_dense", "auto", "gather"), "cuda": ("dense", "tiled_dense", "auto", "gather", "triton")}
 TILE = 1 << 20
 """Query-key pairs of a tile."""
 Measured = dict[str, dict[str, dict[str, float]]]
@@ -72,13 +72,14 @@ def run(options: argparse.Namespace, say: Say) -> dict[str, Any]:
     memory: dict[str, dict[str, float]] = {}
     for n, case in cases.items():
         seconds[str(n)], processor[str(n)] = turns(case, options.rounds)
-        memory[str(n)] = {way: apart(case, way) for way in WAYS}
-        middle = {way: seconds[str(n)][way]["median"] for way in WAYS}
+        memory[str(n)] = {way: apart(case, way) for way in WAYS[case.device]}
+        middle = {way: seconds[str(n)][way]["median"] for way in WAYS[case.device]}
         say(f"attention: {n}: " + ", ".join(f"{w} {t:.3f} s {memory[str(n)][w]:,.0f} MB" for w, t in middle.items()))
     events = {str(n): n * case.rows for n, case in cases.items()}
     return {
         "ratios": ratios(seconds, "auto"),
         "gather_ratios": ratios(seconds, "gather"),
+        **({"triton_ratios": ratios(seconds, "triton")} if options.device == "cuda" else {}),
         "ratios_over_tiled_dense": ratios(seconds, "auto", "tiled_dense"),
         "ratios_by_cpu_time": ratios(processor, "auto"),
         "memory_ratios": {n: ways["dense"] / max(ways["auto"], 0.1) for n, ways in memory.items()},
@@ -191,10 +192,10 @@ def one_tile(layer: HstuLayer, vqk: list[Tensor], x: Inputs, tile: slice, model:
 def turns(case: Case, rounds: int) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
     """Seconds, and processor seconds, of a step in each way, by turns; the first round warms up."""
     step = case.build()
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    processor: dict[str, list[float]] = {way: [] for way in WAYS}
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS[case.device]}
+    processor: dict[str, list[float]] = {way: [] for way in WAYS[case.device]}
     for turn in range(rounds + 1):
-        for way in WAYS:
+        for way in WAYS[case.device]:
             start, cpu = time.perf_counter(), time.process_time()
             step(way)
             if turn:
