@@ -2,10 +2,10 @@
 
 Both ways run the same layers with the same relative bias on the same tokens, in turns; PGSA's time includes its choice
 of keys. `ratios` compares what `pgsa.impl: auto` runs with dense attention as the platform trains it, `gather_ratios`
-the gather at every length (`triton_ratios` the fused kernels, on a GPU), and `ratios_over_tiled_dense` takes a harder baseline: dense attention in causal tiles of
-queries that are computed again for gradients, half the work in little memory. A step holds as many events whatever
-their length, as a training batch does, so short histories come several at a time. Peak memory is that of a process
-that runs one step, beyond what it held before.
+the gather at every length (`triton_ratios` the fused kernels, on a GPU), and `ratios_over_tiled_dense` takes a harder
+baseline: dense attention in causal tiles of queries that are computed again for gradients, half the work in little
+memory. A step holds as many events whatever their length, as a training batch does, so short histories come several at
+a time. Peak memory is that of a process that runs one step, beyond what it held before.
 
 Threads wait for one another many times a step. Where other programs use the cores, that wait is what two threads
 measure: take `--threads 1` there, and read the ratios of processor time.
