@@ -101,7 +101,7 @@ class HpgrClick(HstuClick):
         """Of exactly their item, and of the items nearest to it: [B, M, D]."""
         if self.preference is None:
             return super().known(x)
-        pgsa, rows = self.config.pgsa, torch.arange(len(x.h_item), device=x.h_item.device)[:, None, None]
+        pgsa, rows = self.config.pgsa, torch.arange(x.h_item.shape[0], device=x.h_item.device)[:, None, None]
         query, key = self.anchor_vectors(x.c_item), self.anchor_vectors(x.h_item)
         place, relevance, real = nearest(query, key, x.c_visible, pgsa.top_k, pgsa.impl)
         return super().known(x) + self.preference(relevance, x.h_action[rows, place], real)

@@ -44,7 +44,7 @@ def nearest(query: Tensor, key: Tensor, visible: Tensor, top_k: int, impl: str) 
     select = select_anchors if impl == "reference" else select_anchors_in_tiles
     place, real = select(query, key, visible, top_k)
     place = torch.where(real, place, 0)
-    rows = torch.arange(len(key), device=key.device)[:, None, None]
+    rows = torch.arange(key.shape[0], device=key.device)[:, None, None]
     with torch.no_grad():
         relevance = (query[:, :, None] * key[rows, place]).sum(-1)
     return place, relevance, real

@@ -63,7 +63,7 @@ def inputs_of(x: Inputs) -> dict[str, Tensor]:
 def least_events(model: Model) -> int:
     """The shortest history an exported ranker takes; pad shorter ones with zeros (h_real False)."""
     pgsa, three = model.pgsa, 3  # of two, neighbours are one pair, which tracing takes for a constant size
-    if not model.sparse:
+    if not model.by_vectors:
         return three
     return max(three, 1 + max(pgsa.top_k, 1 + math.ceil(3 * pgsa.sigma), pgsa.max_keys or 0))
 
