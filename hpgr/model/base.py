@@ -134,6 +134,11 @@ class ClickModel(nn.Module):
             taken[ITEM_TABLE] = shrunk(taken[ITEM_TABLE], seen, shrinkage)
         self.load_state_dict(own | taken)
 
+    def attend_by(self, impl: str) -> None:
+        """From now on attend by another form of PGSA (`model.pgsa.impl`)."""
+        pgsa = self.config.pgsa.model_copy(update={"impl": impl})
+        self.config = self.config.model_copy(update={"pgsa": pgsa})
+
     def know_items(self, items: pa.Table) -> None:
         """Take in training-time statistics of the catalogue (`count`, `shown` a row an item); most need none."""
 

@@ -70,8 +70,7 @@ def least_events(model: Model) -> int:
 
 def export_model(model: ClickModel, sizes: Sizes) -> torch.export.ExportedProgram:
     """A click model in evaluation mode as a program; the model itself stays as it is apart from its PGSA's form."""
-    reference = model.config.pgsa.model_copy(update={"impl": "reference"})
-    model.config = model.config.model_copy(update={"pgsa": reference})
+    model.attend_by("reference")
     least = least_events(model.config)
     rows = torch.export.Dim("rows", min=1)
     lengths = {"h": torch.export.Dim("events", min=least), "c": torch.export.Dim("candidates", min=1)}

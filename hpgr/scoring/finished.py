@@ -30,8 +30,10 @@ class Finished:
         return self.run.config
 
     def click_model(self, device: torch.device) -> ClickModel:
-        """Stage 2 with its best weights, ready to score."""
+        """Stage 2 with its best weights, ready to score; what GPU kernels trained scores without a GPU too."""
         model = click_model(self.config, self.run.sizes())
+        if self.config.model.pgsa.impl == "triton" and device.type != "cuda":
+            model.attend_by("auto")
         model.load_state_dict(checkpoint.from_bytes(_best(self.run, "stage2")))
         return model.to(device).eval()
 

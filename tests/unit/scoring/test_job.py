@@ -442,7 +442,7 @@ def test_what_cannot_be_done_is_refused(
 
 
 def test_runs_without_pgsa_or_stage_1_say_what_they_lack(tmp_path: Path) -> None:
-    plain = finished_run(tmp_path, model={"pgsa": {"enabled": False}}, stage1={"enabled": False})
+    plain = finished_run(tmp_path, model={"pgsa": {"enabled": False, "summaries": 0}}, stage1={"enabled": False})
     with pytest.raises(ArtifactError, match="no stage 1"):
         batch(plain, tmp_path / "out", top_n=3)
     with pytest.raises(ConfigError, match="--explain"):
