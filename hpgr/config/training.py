@@ -35,7 +35,7 @@ class Stage1(Section):
     from those before it, the field's standard retrieval model."""
     epochs: Count = 20
     """Most epochs."""
-    patience: Annotated[int, Field(ge=1)] | None = None
+    patience: Count | None = None
     """Validations without a better NDCG@10 before the stage stops; null trains all epochs, and takes the best. A stage
     that stops by a few hundred users' figures often does so in its first epochs, before vectors have learnt."""
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2
@@ -56,8 +56,9 @@ class Stage2(Section):
     enabled: bool = True
     """False trains stage 1 alone: a retrieval model."""
     shrinkage: Annotated[float, Field(ge=0)] = 20.0
-    """Inherited item vectors shrink to their mean, which counts as this many engagements beside each item's own; 0
-    takes them as they are. Vectors of rare items would tell which training impressions were clicked."""
+    """Inherited item vectors shrink to their mean, which counts as this many events beside each item's own, and rare
+    items are less relevant; 0 takes vectors as they are. Those of rare items would tell which training impressions were
+    clicked."""
     epochs: Count = 10
     """Most epochs."""
     patience: Count = 3

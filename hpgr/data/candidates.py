@@ -24,7 +24,7 @@ import pyarrow.ipc as ipc
 
 from hpgr.artifacts import Folder
 from hpgr.config import Data, Feature
-from hpgr.data.hashing import combine, hash_text, mix
+from hpgr.data.hashing import combine, hash_items, hash_text
 from hpgr.data.preparation import writing
 from hpgr.data.sources import Fragment, SourceFile, find_files, fragments, open_parquet, read
 from hpgr.data.timelines import TARGET_ROLES
@@ -268,7 +268,7 @@ def _hashed(rows: pa.Table, data: Data, layout: Layout) -> pa.Table:
         categorical = f.kind == "categorical"
         keys.append(hash_text(column) if categorical else pc.fill_null(column, -1e300).to_numpy().view(np.uint64))
     rows = rows.append_column(USER_HASH, pa.array(hash_text(rows.column(USER))))
-    rows = rows.append_column(ITEM_HASH, pa.array(mix(hash_text(rows.column(ITEM)))))
+    rows = rows.append_column(ITEM_HASH, pa.array(hash_items(rows.column(ITEM))))
     return rows.append_column(CONTENT, pa.array(combine(*keys)))
 
 

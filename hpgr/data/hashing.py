@@ -35,6 +35,11 @@ def uniform(*keys: Any) -> npt.NDArray[np.float64]:
     return np.asarray((combine(*keys) >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
+def hash_items(values: pa.Array | pa.ChunkedArray) -> U64:
+    """Hash of each item id; it orders rows of one second and deals unknown items to buckets: [rows]."""
+    return mix(hash_text(values))
+
+
 def hash_text(values: pa.Array | pa.ChunkedArray) -> U64:
     """64-bit SipHash of a text column, null = 0; computed once a distinct value: [rows]."""
     encoded = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values

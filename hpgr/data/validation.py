@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hpgr.config import Data, Feature, Rule, utc_us
-from hpgr.data.hashing import U64, combine, hash_text, mix
+from hpgr.data.hashing import U64, combine, hash_items, hash_text
 from hpgr.data.rules import Mask, any_group, columns_of, holds, to_number
 from hpgr.data.sources import RAW_LINE
 from hpgr.errors import DataError
@@ -303,5 +303,5 @@ def _with_hashes(rows: pa.Table, data: Data) -> pa.Table:
         else:
             keys.append(pc.fill_null(column, -1e300).to_numpy().view(np.uint64))
     rows = rows.append_column(USER_HASH, pa.array(hash_text(rows.column(USER))))
-    rows = rows.append_column(ITEM_HASH, pa.array(mix(hash_text(rows.column(ITEM)))))
+    rows = rows.append_column(ITEM_HASH, pa.array(hash_items(rows.column(ITEM))))
     return rows.append_column(CONTENT, pa.array(combine(*keys)))

@@ -14,10 +14,12 @@ import pyarrow.compute as pc
 
 from hpgr.config import Data, Feature
 from hpgr.config import Vocabulary as VocabularyConfig
-from hpgr.data.hashing import U64
-from hpgr.schema import ACTION, FEATURE_PREFIX, FIRST_OOV, IS_TARGET, ITEM, LABEL, Array, Floats
+from hpgr.data.hashing import U64, hash_items
+from hpgr.schema import ACTION, FEATURE_PREFIX, FIRST_OOV, IN_HISTORY, IS_TARGET, ITEM, LABEL, Array, Floats, Ints
 
 ITEM_FIELD = "item"
+OF_ITEMS, OF_NUMBERS = ("shown", "clicked", "history"), ("sum", "squares")
+"""What is counted of items alone, and of numeric features alone."""
 MISSING, UNKNOWN = 0, 1
 """Category index of a null and of a value unseen in training; known values follow."""
 
@@ -30,9 +32,10 @@ def actions(table: pa.Table) -> pa.Array:
 
 
 def count(table: pa.Table, training: npt.NDArray[np.bool_], data: Data) -> pa.Table:
-    """Occurrences of every value in training rows: field, value, count, shown, clicked, sum, squares.
+    """Occurrences of every value in training rows: field, value, count, shown, clicked, history, sum, squares.
 
-    `shown` and `clicked` count an item's impressions and clicks; `sum` and `squares` are for numeric features.
+    `shown`, `clicked` and `history` count an item's impressions, clicks and events of histories; `sum` and `squares`
+    are for numeric features.
     """
     rows = table.filter(pa.array(training))
     parts = [_count_items(rows), _count_values("action", actions(rows))]
@@ -57,10 +60,12 @@ def count(table: pa.Table, training: npt.NDArray[np.bool_], data: Data) -> pa.Ta
 def _count_items(rows: pa.Table) -> pa.Table:
     target = rows.column(IS_TARGET).to_numpy(zero_copy_only=False).astype(np.int64)
     clicked = pc.fill_null(rows.column(LABEL), 0).to_numpy().astype(np.int64) * target
-    items = pa.table({"value": rows.column(ITEM), "shown": target, "clicked": clicked})
-    grouped = items.group_by("value").aggregate([([], "count_all"), ("shown", "sum"), ("clicked", "sum")])
+    history = rows.column(IN_HISTORY).to_numpy(zero_copy_only=False).astype(np.int64)
+    items = pa.table({"value": rows.column(ITEM), "shown": target, "clicked": clicked, "history": history})
+    sums = [(name, "sum") for name in OF_ITEMS]
+    grouped = items.group_by("value").aggregate([([], "count_all"), *sums])
     return _frame(ITEM_FIELD, grouped.column("value"), grouped.column("count_all"),
-                  shown=grouped.column("shown_sum"), clicked=grouped.column("clicked_sum"))  # fmt: skip
+                  **{name: grouped.column(f"{name}_sum") for name in OF_ITEMS})  # fmt: skip
 
 
 def _count_values(field: str, values: Any) -> pa.Table:
@@ -72,15 +77,15 @@ def _count_values(field: str, values: Any) -> pa.Table:
 def _frame(field: str, value: Any, counts: Any, **more: Any) -> pa.Table:
     n = len(value)
     columns = {"field": pa.array([field] * n, pa.string()), "value": value, "count": counts}
-    columns |= {k: more.get(k, np.zeros(n)) for k in ("shown", "clicked", "sum", "squares")}
-    kinds = [pa.string(), pa.string(), pa.int64(), pa.int64(), pa.int64(), pa.float64(), pa.float64()]
+    columns |= {k: more.get(k, np.zeros(n)) for k in (*OF_ITEMS, *OF_NUMBERS)}
+    kinds = [pa.string(), pa.string(), pa.int64(), *[pa.int64()] * len(OF_ITEMS), *[pa.float64()] * len(OF_NUMBERS)]
     return pa.table(columns).cast(pa.schema(list(zip(columns, kinds, strict=True))))
 
 
 def merge(parts: Iterable[pa.Table]) -> pa.Table:
     """Counts of several buckets together, in an order that does not depend on theirs."""
     table = pa.concat_tables(parts)
-    sums = [(name, "sum") for name in ("count", "shown", "clicked", "sum", "squares")]
+    sums = [(name, "sum") for name in ("count", *OF_ITEMS, *OF_NUMBERS)]
     merged = table.group_by(["field", "value"], use_threads=False).aggregate(sums)
     merged = merged.rename_columns([n.removesuffix("_sum") for n in merged.column_names])
     return merged.sort_by([("field", "ascending"), ("count", "descending"), ("value", "ascending")])
@@ -88,19 +93,26 @@ def merge(parts: Iterable[pa.Table]) -> pa.Table:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Indices of ids. `items` has V rows in index order: value, count, shown, clicked."""
+    """Indices of ids.
+
+    `items` has V rows in index order: value, count, shown, clicked, history; `oov_history` counts the events of
+    histories whose item has no index of its own, by bucket.
+    """
 
     items: pa.Table
+    oov_history: Ints
     categories: dict[str, pd.Index]
     moments: dict[str, tuple[float, float]]
-    oov_buckets: int
 
     @classmethod
     def from_counts(cls, counts: pa.Table, config: VocabularyConfig, features: Iterable[Feature]) -> Vocabulary:
         """Most frequent first, ties by id: so no index depends on the order of the log."""
-        items = counts.filter(pc.equal(counts.column("field"), ITEM_FIELD))
-        items = items.filter(pc.greater_equal(items.column("count"), config.min_count))
-        items = items.slice(0, config.max_items).combine_chunks()
+        every = counts.filter(pc.equal(counts.column("field"), ITEM_FIELD))  # most frequent first
+        enough = int(pc.sum(pc.greater_equal(every.column("count"), config.min_count)).as_py() or 0)
+        size = min(enough, config.max_items or enough)
+        items, others = every.slice(0, size).combine_chunks(), every.slice(size)
+        bucket = _bucket(hash_items(others.column("value")), config.oov_buckets)
+        oov = np.bincount(bucket, others.column("history").to_numpy(), config.oov_buckets).astype(np.int64)
         categories = {"action": _index(counts, "action")}
         moments: dict[str, tuple[float, float]] = {}
         for feature in features:
@@ -109,7 +121,17 @@ class Vocabulary:
                 categories[field] = _index(counts, field)
             else:
                 moments[field] = _moments(counts, field)
-        return cls(items.select(["value", "count", "shown", "clicked"]), categories, moments, config.oov_buckets)
+        chosen = items.select(["value", "count", *OF_ITEMS])
+        return cls(chosen, oov, categories, moments)
+
+    @property
+    def oov_buckets(self) -> int:
+        return len(self.oov_history)
+
+    @property
+    def history(self) -> Ints:
+        """Events of training histories by index, from FIRST_OOV on: [buckets + V]."""
+        return np.concatenate([self.oov_history, self.items.column("history").to_numpy()])
 
     @property
     def first_item(self) -> int:
@@ -124,7 +146,7 @@ class Vocabulary:
         """Index of each item; unknown ones by hash into the out-of-vocabulary buckets: [rows] int32."""
         known = pc.index_in(values, value_set=self.items.column("value").combine_chunks())
         position = pc.fill_null(known, -1).to_numpy(zero_copy_only=False).astype(np.int64)
-        unknown = FIRST_OOV + (hashes % np.uint64(self.oov_buckets)).astype(np.int64)
+        unknown = FIRST_OOV + _bucket(hashes, self.oov_buckets)
         return np.where(position >= 0, self.first_item + position, unknown).astype(np.int32)
 
     def category_indices(self, field: str, values: pa.Array) -> Array:
@@ -148,14 +170,18 @@ class Vocabulary:
         return {
             "categories": {k: list(v) for k, v in self.categories.items()},
             "moments": {k: list(v) for k, v in self.moments.items()},
-            "oov_buckets": self.oov_buckets,
+            "oov_history": self.oov_history.tolist(),
         }
 
     @classmethod
     def from_tables(cls, items: pa.Table, plain: dict[str, Any]) -> Vocabulary:
         categories = {k: pd.Index(v, dtype=object) for k, v in plain["categories"].items()}
         moments = {k: (float(m), float(s)) for k, (m, s) in plain["moments"].items()}
-        return cls(items, categories, moments, int(plain["oov_buckets"]))
+        return cls(items, np.array(plain["oov_history"], np.int64), categories, moments)
+
+
+def _bucket(hashes: U64, buckets: int) -> Ints:
+    return np.asarray((hashes % np.uint64(buckets)).astype(np.int64))
 
 
 def _index(counts: pa.Table, field: str) -> pd.Index:

@@ -121,12 +121,12 @@ class ClickModel(nn.Module):
 
         A rare item's vector tells little but that stage 1 has seen it at all: of an item shown twice and clicked once,
         that the impression to learn from was the clicked one, which no later impression tells [D]. So vectors shrink
-        to the mean vector, by how often users engaged with the item.
+        to the mean vector, by how many events stage 1 saw.
 
         Args:
             stage1: its parameters by name.
-            seen: [V] engagements with each item of the catalogue in training time.
-            shrinkage: engagements that the mean vector counts as; 0 takes vectors as they are.
+            seen: [buckets + V] events of training histories by index, from the first out-of-vocabulary bucket on.
+            shrinkage: events that the mean vector counts as; 0 takes vectors as they are.
         """
         own = self.state_dict()
         taken = {k: v for k, v in stage1.items() if k.startswith(INHERITED) and k in own}
@@ -181,7 +181,7 @@ class ClickModel(nn.Module):
 
 
 def shrunk(table: Tensor, seen: Tensor, shrinkage: float) -> Tensor:
-    """(n e + c m) / (n + c) of the catalogue's rows, the last [V], with their mean m by occurrences: [items, D]."""
+    """(n e + c m) / (n + c) of the last rows, those with a count n, with their mean m by events: [items, D]."""
     first, n = len(table) - len(seen), seen.to(table.dtype)[:, None]
     own = table[first:]
     mean = (n * own).sum(0) / n.sum().clamp(min=1)

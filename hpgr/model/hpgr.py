@@ -54,7 +54,7 @@ class HstuClick(TokenClick):
         return None
 
     def anchor_vectors(self, item: Tensor) -> Tensor:
-        """Unit vectors that choose anchors: [..., D]."""
+        """Vectors that choose anchors by dot product: [..., D]."""
         raise AssertionError("dense attention has no anchors")
 
     def _relation(self, x: Inputs, queries: Queries, query: Tensor | None, key: Tensor | None, impl: str) -> Relation:
@@ -69,6 +69,7 @@ class HpgrClick(HstuClick):
     """HPGR's stage 2: HSTU with the SEM's tokens and preference-guided sparse attention (paper, stage 2)."""
 
     anchor_table: Tensor
+    trust: Tensor
 
     def __init__(self, config: Config, sizes: Sizes) -> None:
         super().__init__(config, sizes)
@@ -81,13 +82,20 @@ class HpgrClick(HstuClick):
         self.preference = PreferenceFeatures(count, sizes.actions, model.width) if count else None
         frozen = model.by_vectors and model.pgsa.anchors == "frozen"
         self.register_buffer("anchor_table", torch.zeros(sizes.items if frozen else 0, model.width))
+        self.register_buffer("trust", torch.ones(sizes.items if model.by_vectors else 0, 1))
         number_sites(self)
 
     def inherit(self, stage1: dict[str, Tensor], seen: Tensor, shrinkage: float) -> None:
-        """Take over stage 1's weights, and its item table, as it is, as the frozen anchor vectors."""
+        """Take over stage 1's weights, and its item table as the frozen anchor vectors.
+
+        Anchor vectors are as long as their items are known, n / (n + shrinkage) [D]: what stage 1 saw once lies near
+        the very events it was seen among, in training alone.
+        """
         super().inherit(stage1, seen, shrinkage)
+        if len(self.trust) and shrinkage:
+            self.trust[-len(seen) :] = (seen / (seen + shrinkage))[:, None]
         if len(self.anchor_table):
-            self.anchor_table.copy_(F.normalize(stage1[ITEM_TABLE], dim=-1))
+            self.anchor_table.copy_(F.normalize(stage1[ITEM_TABLE], dim=-1) * self.trust)
 
     def history(self, x: Inputs, noise: Noise | None) -> Tensor:
         """History tokens after the SEM in its causal form, both branches gated from zero [D]: [B, N, D]."""
@@ -112,7 +120,7 @@ class HpgrClick(HstuClick):
     def anchor_vectors(self, item: Tensor) -> Tensor:
         if len(self.anchor_table):
             return self.anchor_table[item]
-        return F.normalize(self.events.item.weight.detach()[item], dim=-1)
+        return F.normalize(self.events.item.weight.detach()[item], dim=-1) * self.trust[item]
 
     def kept_keys(self, x: Inputs) -> Tensor:
         vectors = self.history_vectors(x)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hpgr.model.pgsa import select_anchors
 from hpgr.model.select import select_anchors_in_tiles
@@ -34,17 +35,18 @@ class PreferenceFeatures(nn.Module):
         logits = relevance[..., None, :] * self.log_sharpness.exp()[:, None]
         logits = logits.masked_fill(~real[..., None, :], torch.finfo(logits.dtype).min)
         share = logits.softmax(-1) * real[..., None, :]
-        counted = share.new_zeros(*share.shape[:-1], self.action.shape[1])
-        counted = counted.scatter_add(-1, action[..., None, :].expand_as(share), share)
-        return torch.einsum("bmta,tad->bmd", counted, self.action)
+        shares_of_actions = share @ F.one_hot(action, self.action.shape[1]).to(share.dtype)
+        return torch.einsum("bmta,tad->bmd", shares_of_actions, self.action)
 
 
 def nearest(query: Tensor, key: Tensor, visible: Tensor, top_k: int, impl: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Anchors of queries by item vectors [B, M, D] and [B, N, D]: positions, relevance, reality, [B, M, K] each."""
+    """Anchors of queries by item vectors [B, M, D] and [B, N, D]: positions, relevance, reality, [B, M, K] each.
+
+    The most recent comes first: the fast choice has no order of its own, and sums over anchors must not depend on the
+    rest of the batch.
+    """
     select = select_anchors if impl == "reference" else select_anchors_in_tiles
     place, real = select(query, key, visible, top_k)
-    place = torch.where(real, place, 0)
-    rows = torch.arange(key.shape[0], device=key.device)[:, None, None]
-    with torch.no_grad():
-        relevance = (query[:, :, None] * key[rows, place]).sum(-1)
-    return place, relevance, real
+    place = torch.where(real, place, -1).sort(-1, descending=True).values
+    real, place = place >= 0, place.clamp(min=0)
+    return place, (query @ key.transpose(1, 2)).gather(-1, place), real

@@ -80,7 +80,6 @@ def relate_sparsely(
         return relate(x, *queries, sparse_weights(query, key, queries.visible, config.pgsa), config, window)
     kept = keep(query, key, queries.visible, config.pgsa)
     if impl == "triton":
-        check_triton(key.device)
         return relate_kept(x, queries, kept, config, window, fused=True)
     if impl == "gather" or gather_pays(n, kept.index.shape[-1], key.device):
         return relate_kept(x, queries, kept, config, window)
@@ -93,7 +92,7 @@ def check_triton(device: torch.device) -> None:
     if find_spec("triton") is None or not (device.type == "cuda" or interpreted):
         raise ConfigError(
             f"model.pgsa.impl triton: got a model on {device.type} and {'a' if find_spec('triton') else 'no'} package "
-            "triton, expected both a CUDA GPU and triton; use model.pgsa.impl=auto here"
+            "triton, expected a CUDA GPU and triton (pip install 'hpgr[triton]'); use model.pgsa.impl=auto here"
         )
 
 

@@ -24,6 +24,7 @@ from hpgr.metrics import auc
 from hpgr.model.base import ClickModel
 from hpgr.model.embedding import Sizes
 from hpgr.model.inputs import round_up
+from hpgr.model.relation import check_triton
 from hpgr.schema import FEATURE_PREFIX
 from hpgr.training import checkpoint, distributed
 from hpgr.training.loop import Context, Progress, fit
@@ -43,6 +44,8 @@ ONLY_STAGE2 = ("name", "match_features", "pgsa", "mtgr", "din")
 """Settings of the model that stage 1 does not have."""
 OF_OBJECTIVE = {"masked_item": ("sem",), "next_item": ("layers", "silu_on", "hstu_form")}
 """Settings of the model that stage 1 has under one objective alone."""
+OF_MASKING = ("mask_ratio", "causal_share", "action_weight")
+"""Settings of stage 1 that the objective next_item does not have."""
 COST_STEPS = 4
 """Validation batches on which the cost of scoring is measured."""
 
@@ -124,6 +127,8 @@ def train(run: Run, worker: Worker, test: bool = True) -> dict[str, Any]:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     worker = replace(worker, say=worker.say if distributed.rank() == 0 else lambda _: None)
     items = run.prepared.folder.read_parquet("vocabulary.parquet")
+    if run.config.stage2.enabled and run.config.model.sparse and run.config.model.pgsa.impl == "triton":
+        check_triton(worker.device)  # before stage 1 takes its time
     out: dict[str, Any] = {"curves": [], "seconds": {}}
     stage1: ItemStage | None = None
     if run.config.stage1.enabled:
@@ -143,17 +148,12 @@ def _clicks(
     stage.model.know_items(items)
     if stage1 is not None:
         weights = {k: v.cpu() for k, v in stage1.model.state_dict().items()}
-        stage.model.inherit(weights, _engagements(items), run.config.stage2.shrinkage)
+        seen = torch.from_numpy(run.prepared.vocabulary().history)
+        stage.model.inherit(weights, seen, run.config.stage2.shrinkage)
     tested = partial(_test_click, run, worker, stage.model, items) if test else None
     found = _finish(run, worker, stage, out, tested)
     found["cost"], out["seconds"]["scoring_a_million"] = _cost(run, worker, stage.model)
     return {"stage2": found} | ({"baselines": found["test"].pop("baselines_auc")} if test else {})
-
-
-def _engagements(items: pa.Table) -> torch.Tensor:
-    """How often users did something with each item in training time, impressions without a click left out: [V]."""
-    count, shown, clicked = (items.column(name).to_numpy() for name in ("count", "shown", "clicked"))
-    return torch.tensor(count - shown + clicked)
 
 
 def _item_stage(run: Run, items: pa.Table) -> ItemStage:
@@ -213,6 +213,8 @@ def stage_key(config: Config, prepared: Prepared, stage: str) -> str:
         for name in (*ONLY_STAGE2, *others):
             chosen["model"].pop(name)
         chosen["model"].get("sem", {}).pop("in_stage2", None)
+        for name in OF_MASKING if objective == "next_item" else ():
+            chosen["stage1"].pop(name)
     return fingerprint([prepared.manifest["fingerprint"], *chosen.values()])
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from hpgr import locks
-from hpgr.artifacts import Folder
+from hpgr.artifacts import FORMAT, Folder
 from hpgr.data.preparation import in_process, prepare
 from hpgr.errors import ArtifactError
 from hpgr.locks import Claim, held
@@ -235,5 +235,5 @@ def test_of_two_preparing_one_log_one_works_and_the_other_takes_its_result(
     assert scans == ["scan"]
     assert [line.split(" ")[0] for line in lines] == ["waiting", "prepare:"]
     assert "reusing" in lines[1]
-    assert json.loads(Path(first.result().folder.uri, "manifest.json").read_text())["format"] == 1
+    assert json.loads(Path(first.result().folder.uri, "manifest.json").read_text())["format"] == FORMAT
     assert not list(Path(settings.data.prepared).glob("*.lock-*"))

@@ -234,9 +234,9 @@ def test_items_of_held_out_time_are_out_of_vocabulary(prepare_log: Make, by: str
     prepared = prepare_log(LATE, split={"by": by}, vocabulary={"oov_buckets": 5})
     items = prepared.vocabulary().items.to_pylist()
     assert items == [
-        {"value": "i0", "count": 6, "shown": 6, "clicked": 3},
-        {"value": "i1", "count": 5, "shown": 5, "clicked": 3},
-        {"value": "i2", "count": 5, "shown": 5, "clicked": 2},
+        {"value": "i0", "count": 6, "shown": 6, "clicked": 3, "history": 6},
+        {"value": "i1", "count": 5, "shown": 5, "clicked": 3, "history": 5},
+        {"value": "i2", "count": 5, "shown": 5, "clicked": 2, "history": 5},
     ]
     row = users(prepared)["a"]
     assert item_names(prepared, row["h_item"])[-4:] == ["i0", "?", "?", "?"]
@@ -246,6 +246,27 @@ def test_items_of_held_out_time_are_out_of_vocabulary(prepare_log: Make, by: str
     assert all(FIRST_OOV <= index < FIRST_OOV + 5 for index in (late, later))
     assert row["n_train"] == 16
     assert row["train_end"] == (T + 50) * US
+
+
+@pytest.mark.parametrize("history", [None, [[{"column": "event", "value": "view"}]]], ids=["every row", "views"])
+@pytest.mark.parametrize("by", ["user_fraction", "time_fraction"])
+def test_history_counts_are_the_events_that_stage_1_reads(prepare_log: Make, by: str, history: Any) -> None:
+    """Clicked or not: of an item's count nothing may tell its training labels.
+
+    Where a user's split begins within a second, training rows of that second are counted and stage 1 leaves them out.
+    """
+    rules = {} if history is None else {"history": history}
+    words = {"min_count": 15, "oov_buckets": 3}
+    prepared = prepare_log(busy_log(), split={"by": by}, vocabulary=words, **BUSY, **rules)
+    found, read = prepared.vocabulary(), np.zeros(0, np.int64)
+    for row in users(prepared).values():
+        read = np.append(read, row["h_item"][: row["n_train"]])
+    more = found.history - np.bincount(read, minlength=found.size)[FIRST_OOV:]
+    assert more.min() == 0
+    assert more.sum() <= (2 if by == "user_fraction" else 0)
+    assert found.oov_history.any()
+    assert found.items.num_rows > 1
+    assert (found.items.column("history").to_numpy() != found.items.column("clicked").to_numpy()).any()
 
 
 def test_popularity_does_not_depend_on_the_future(prepare_log: Make) -> None:

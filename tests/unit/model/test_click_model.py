@@ -38,8 +38,8 @@ def test_stage_2_takes_over_events_sem_and_the_frozen_table() -> None:
         assert torch.equal(after[name], before[name]), name
 
 
-def test_rare_items_start_from_the_mean_vector_and_are_compared_by_their_own() -> None:
-    """(n e + c m) / (n + c), in float64 and plain; what is no item of the catalogue stays as it is."""
+def test_rare_items_start_from_the_mean_vector_and_are_of_short_anchor_vectors() -> None:
+    """(n e + c m) / (n + c), in float64 and plain; rows without a count stay as they are. Anchors: n / (n + c) long."""
     model, taken = click_model(tiny(), SIZES), stage1()
     model.inherit(taken, SEEN, 6.0)
     table = taken["events.item.weight"].double()
@@ -48,7 +48,12 @@ def test_rare_items_start_from_the_mean_vector_and_are_compared_by_their_own() -
         expected = (n * table[4 + n] + 6 * mean) / (n + 6)
         torch.testing.assert_close(model.events.item.weight[4 + n].double(), expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(model.events.item.weight[:4], taken["events.item.weight"][:4])
-    torch.testing.assert_close(model.anchor_table, F.normalize(taken["events.item.weight"], dim=-1))
+    length = torch.cat([torch.ones(4), SEEN / (SEEN + 6)])[:, None]
+    torch.testing.assert_close(model.anchor_table, F.normalize(taken["events.item.weight"], dim=-1) * length)
+    live = click_model(tiny(model={"pgsa": {"anchors": "live"}}), SIZES)
+    live.inherit(taken, SEEN, 6.0)
+    own = F.normalize(live.events.item.weight.detach(), dim=-1)
+    torch.testing.assert_close(live.anchor_vectors(torch.arange(24)), own * length)
 
 
 def test_a_catalogue_never_seen_is_all_zeros_not_nan() -> None:

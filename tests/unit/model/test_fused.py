@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-import os
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers_model import SIZES, random_batch, shaken, tiny
+from helpers_model import SIZES, log_config, make_run, random_batch, shaken, tiny, worker
 from test_gather import drawn_attention
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read where kernels are defined
-pytest.importorskip("triton", reason="the package triton is not installed")
+if find_spec("triton") is None:
+    pytest.skip("the package triton is not installed", allow_module_level=True)
+with pytest.MonkeyPatch.context() as patch:
+    if DEVICE == "cpu":
+        patch.setenv("TRITON_INTERPRET", "1")  # read where kernels are defined
+    from hpgr.model import fused
 
 from hpgr.errors import ConfigError
-from hpgr.model import fused
 from hpgr.model.gather import attend_kept, link
 from hpgr.model.inputs import pad
 from hpgr.model.registry import click_model
 from hpgr.model.select import Kept
+from hpgr.training.two_stage import train
 
 SHAPES = pytest.mark.parametrize(
     ("b", "h", "q", "n", "e"),
     [(1, 1, 1, 1, 1), (2, 3, 5, 9, 5), (1, 2, 3, 80, 16), (3, 1, 7, 40, 8)],
     ids=["one of all", "odd sizes", "more slots than a block", "many queries a key"],
 )
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
 def values_and_gradients(shape: tuple[int, ...], dtype: torch.dtype, fused_form: bool) -> list[Tensor]:
@@ -85,7 +95,9 @@ def test_the_model_is_the_references(pgsa: dict[str, Any], monkeypatch: pytest.M
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="has a GPU")
-def test_without_a_gpu_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_it_is_refused_before_stage_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
+    run = make_run(log_config(tmp_path, model={"pgsa": {"impl": "triton"}}), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"impl triton: got a model on cpu .* use model\.pgsa\.impl=auto"):
-        outcome("triton")
+        train(run, worker())
+    assert not run.folder.sub("stage1").entries()

@@ -30,6 +30,7 @@ FREE = {
     "model.pgsa.scope": "candidate",
     "model.pgsa.anchors": "live",
     "model.pgsa.summaries": 0,
+    "stage2.shrinkage": 5.0,
     "stream.stride": 4,
     "stage2.epochs": 3,
     "stage2.optimiser.lr": 0.1,
