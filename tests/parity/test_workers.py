@@ -28,7 +28,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Both]:
     """Every case, by one process each and by the same two processes."""
     root = tmp_path_factory.mktemp("workers")
     small = {"epochs": 2, "optimiser": {"lr": 1e-3}}
-    base = {"stream": {"batch_tokens": 120}, "stage1": small, "stage2": small}
+    base = {"stream": {"batch_tokens": 100}, "stage1": small, "stage2": small}
     configs = {name: log_config(root, **merged(base, over)) for name, over in CASES.items()}
     pairs = {name: [make_run(c, root / name / n) for n in ("one", "two")] for name, c in configs.items()}
     figures = {name: train(pairs[name][0], worker()) for name in CASES}

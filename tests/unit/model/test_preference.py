@@ -73,3 +73,16 @@ def test_summaries_belong_to_hpgr_with_or_without_sparse_attention() -> None:
 
 def test_forms_agree() -> None:
     torch.testing.assert_close(scores(impl="reference"), scores(impl="gather"), rtol=1e-4, atol=1e-5)
+
+
+def test_a_candidates_summaries_do_not_depend_on_what_others_see() -> None:
+    """To the last bit: the fast choice of anchors has no order of its own."""
+    generator = torch.Generator().manual_seed(3)
+    query, key = torch.randn(2, 4, 8, generator=generator), torch.randn(2, 200, 8, generator=generator)
+    action, made, got = torch.randint(1, SIZES.actions, (2, 200), generator=generator), features(), []
+    for others in (50, 200):
+        visible = torch.full((2, 4), others)
+        visible[0, 0] = 50
+        place, relevance, real = nearest(query, key, visible, 32, "auto")
+        got.append(made(relevance, action[torch.arange(2)[:, None, None], place], real)[0, 0])
+    assert torch.equal(*got)
