@@ -72,9 +72,10 @@ class Study:
         )
         self._study_id = self._storage.get_study_id_from_name(space.name)
         self._study.sampler = _sampler(space, len(self._study.trials))
-        if not self._study.trials:
+        drawn = [t for t in self._study.trials if "key" in t.user_attrs]  # a search may end while it draws one
+        if not drawn and not any(t.state is TrialState.WAITING for t in self._study.trials):
             self._study.enqueue_trial(starting_values(space, config))
-        self._known = {t.user_attrs["key"]: t.number for t in self._trials() if _state(t) not in VOID}
+        self._known = {t.user_attrs["key"]: t.number for t in drawn if _state(t) not in VOID}
 
     def interrupted(self) -> list[Draw]:
         """Trials that were running when the search last ended."""

@@ -9,7 +9,7 @@ import pytest
 
 from hpgr.artifacts import Folder, fingerprint
 from hpgr.config import Config
-from hpgr.search.space import Space, parse_space
+from hpgr.search.space import Space, parse_space, starting_values
 from hpgr.search.study import Draw, Study
 
 GAP = "stream.session_gap_minutes"
@@ -95,6 +95,27 @@ def test_what_was_interrupted_comes_back_as_it_was(tmp_path: Path) -> None:
         assert found.key not in keys
         keys.add(found.key)
     assert len(keys) == 6
+
+
+def test_a_search_that_ended_while_it_drew_goes_on(tmp_path: Path) -> None:
+    """Asked for, at most half named, never run."""
+    study = opened(tmp_path, space(GRID))
+    first = asked(study)
+    study._study.ask()
+    again = opened(tmp_path, space(GRID))
+    assert [draw.number for draw in again.interrupted()] == [first.number]
+    assert [row.state for row in again.rows()] == ["running", "void"]
+    assert again.tried() == 1
+    assert asked(again).number == 2
+
+
+def test_the_start_is_drawn_again_if_the_search_ended_while_it_was_drawn(tmp_path: Path) -> None:
+    start = starting_values(space(), Config())
+    for _ in range(2):
+        opened(tmp_path)._study.ask()
+    again = opened(tmp_path)
+    assert again.interrupted() == []
+    assert asked(again).values == start
 
 
 def test_a_draw_that_contradicts_itself_is_no_trial(tmp_path: Path) -> None:
