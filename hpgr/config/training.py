@@ -40,9 +40,10 @@ class Stage1(Section):
     that stops by a few hundred users' figures often does so in its first epochs, before vectors have learnt."""
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of a session's events to hide."""
-    action_weight: Annotated[float, Field(ge=0)] = 1.0
+    action_weight: Annotated[float, Field(ge=0)] = 0.1
     """Weight of predicting, of each hidden event, what was done with its item beside which item it was; 0, or a log
-    of fewer than two actions, leaves it out. The objective masked_item alone."""
+    of fewer than two actions, leaves it out. The objective masked_item alone. Ratings bear 1 and gain by it; where
+    actions say little of taste, such as views and clicks, a large weight keeps items from being learnt at all."""
     causal_share: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of rows encoded left to right, the form stage 2 uses; the rest see both sides."""
     full_softmax_items: Natural = 20_000
