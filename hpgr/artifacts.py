@@ -62,6 +62,23 @@ def refusal(verb: str, path: str, remedy: str = "") -> Iterator[None]:
         raise kind(f"cannot {verb} {path}: {error}{remedy}") from None
 
 
+def asked_again(uri: str, read: Callable[[], T]) -> T:
+    """What `read` gives, tried again after PAUSES where the address is a store's and it refuses.
+
+    Its client does not do so where the refusal's words are longer than what was to be read, as of small files and
+    headers: it takes them for a broken stream.
+    """
+    pauses = iter(PAUSES if "://" in uri else ())
+    while True:
+        try:
+            return read()
+        except OSError as error:
+            pause = next(pauses, None)
+            if pause is None or isinstance(error, FileNotFoundError):
+                raise
+            time.sleep(pause)
+
+
 @dataclass(frozen=True)
 class Folder:
     """A folder and its filesystem. Paths given to methods are relative to it."""
@@ -114,25 +131,14 @@ class Folder:
             filesystem.move(self.path(source)[1], path)
 
     def reading(self, name: str, work: Callable[[pafs.FileSystem, str], T]) -> T:
-        """What `work` reads of a file, given its filesystem and path.
-
-        A store that refuses is asked again. Its client does not do so where the refusal's words are longer than what
-        was to be read, as of small files and headers: it takes them for a broken stream.
+        """What `work` reads of a file, given its filesystem and path; `asked_again` where a store refuses.
 
         Raises:
             ArtifactError: the file is missing or unreadable.
         """
         filesystem, path = self.path(name)
-        pauses = iter(() if self.is_local else PAUSES)
-        while True:
-            try:
-                with refusal("read", path):
-                    return work(filesystem, path)
-            except StoreError:
-                pause = next(pauses, None)
-                if pause is None:
-                    raise
-                time.sleep(pause)
+        with refusal("read", path):
+            return asked_again(self.uri, lambda: work(filesystem, path))
 
     def read(self, name: str) -> bytes:
         """Whole file. Raises ArtifactError if it is missing or unreadable."""

@@ -16,7 +16,7 @@ import pyarrow.fs as pafs
 import pyarrow.json as pajson
 import pyarrow.parquet as pq
 
-from hpgr.artifacts import resolve
+from hpgr.artifacts import asked_again, resolve
 from hpgr.errors import DataError
 
 ENDINGS = {
@@ -66,7 +66,7 @@ def find_files(paths: Sequence[str], declared: str = "auto", asked: str = "data.
         for info in _expand(filesystem, root, path, asked):
             uri = prefix + info.path
             files[uri] = SourceFile(uri, _format(info.path, declared), info.size, info.mtime_ns or 0,
-                                    _digest(filesystem, info))  # fmt: skip
+                                    _digest(filesystem, info, uri))  # fmt: skip
     return [files[uri] for uri in sorted(files)]
 
 
@@ -105,14 +105,18 @@ def _format(path: str, declared: str) -> str:
     raise DataError(f"{path}: its ending does not tell its format; set data.format to parquet, csv or jsonl")
 
 
-def _digest(filesystem: pafs.FileSystem, info: pafs.FileInfo) -> str:
+def _digest(filesystem: pafs.FileSystem, info: pafs.FileInfo, uri: str) -> str:
     """Digest of a file's first and last 64 KiB: with size and time, enough to notice a changed input."""
     edge = 1 << 16
-    try:
+
+    def digest() -> str:
         with filesystem.open_input_file(info.path) as file:
             head = file.read(edge)
             file.seek(max(0, info.size - edge))
             return hashlib.sha256(head + file.read(edge)).hexdigest()[:16]
+
+    try:
+        return asked_again(uri, digest)
     except OSError as error:
         raise DataError(f"{info.path}: cannot be read: {error}") from None
 
@@ -156,7 +160,7 @@ def open_parquet(file: SourceFile) -> pq.ParquetFile:
     """Raises DataError if the file is no whole Parquet file."""
     filesystem, path = resolve(file.uri)
     try:
-        return pq.ParquetFile(path, filesystem=filesystem)
+        return asked_again(file.uri, lambda: pq.ParquetFile(path, filesystem=filesystem))
     except (OSError, pa.ArrowException) as error:
         raise DataError(
             f"{file.uri}: not a whole Parquet file ({error}); it may be cut short or of another format"
@@ -226,9 +230,12 @@ def _read_csv(file: SourceFile, columns: list[str]) -> Iterator[tuple[pa.Table, 
 
 
 def _csv_names(file: SourceFile) -> list[str]:
-    try:
+    def header() -> list[str]:
         with _csv_reader(file, 1 << 20, pacsv.ConvertOptions(), lambda _: "skip") as reader:
             return list(reader.schema.names)
+
+    try:
+        return asked_again(file.uri, header)
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(
             f"{file.uri}: cannot be read as CSV: {error}; a log needs a header line with column names"

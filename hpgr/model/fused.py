@@ -26,22 +26,29 @@ SLOTS = 32
 
 
 @triton.jit
+def _slots(q_r, k, v, bias, key, weight, r, s, e, scale, heads, queries, slots, E: tl.constexpr):
+    """Weights, keys, values and biased dot products of slots s of query r; zeros where a slot is unused."""
+    shared = (r // (heads * queries)) * queries + r % queries  # weights are the same for all heads
+    w = tl.load(weight + shared * slots + s, mask=s < slots, other=0.0)
+    place = tl.load(key + r * slots + s, mask=s < slots, other=0)
+    used = (w > 0)[:, None] & (e < E)[None, :]
+    k_s = tl.load(k + place[:, None] * E + e[None, :], mask=used, other=0.0).to(tl.float32)
+    v_s = tl.load(v + place[:, None] * E + e[None, :], mask=used, other=0.0).to(tl.float32)
+    z = tl.sum(k_s * q_r[None, :], 1) * scale + tl.load(bias + r * slots + s, mask=s < slots, other=0.0)
+    return w, k_s, v_s, z
+
+
+@triton.jit
 def _forward(q, k, v, bias, key, weight, out, scale, heads, queries, slots,
              E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
     """out[r] = sum_s w_s SiLU(<q_r, k_s> scale + b_s) v_s, a program a query."""
     r = tl.program_id(0).to(tl.int64)
-    shared = (r // (heads * queries)) * queries + r % queries  # weights are the same for all heads
     e = tl.arange(0, BLOCK_E)
     q_r = tl.load(q + r * E + e, mask=e < E, other=0.0).to(tl.float32)
     total = tl.zeros([BLOCK_E], tl.float32)
     for first in range(0, slots, BLOCK_S):
         s = first + tl.arange(0, BLOCK_S)
-        w = tl.load(weight + shared * slots + s, mask=s < slots, other=0.0)
-        place = tl.load(key + r * slots + s, mask=s < slots, other=0)
-        used = (w > 0)[:, None] & (e < E)[None, :]
-        k_s = tl.load(k + place[:, None] * E + e[None, :], mask=used, other=0.0).to(tl.float32)
-        v_s = tl.load(v + place[:, None] * E + e[None, :], mask=used, other=0.0).to(tl.float32)
-        z = tl.sum(k_s * q_r[None, :], 1) * scale + tl.load(bias + r * slots + s, mask=s < slots, other=0.0)
+        w, _, v_s, z = _slots(q_r, k, v, bias, key, weight, r, s, e, scale, heads, queries, slots, E)
         total += tl.sum((w * z * tl.sigmoid(z))[:, None] * v_s, 0)
     tl.store(out + r * E + e, total, mask=e < E)
 
@@ -51,19 +58,13 @@ def _backward_of_queries(q, k, v, bias, key, weight, grad, grad_q, kept, grad_z,
                          E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
     """grad_q; of each slot, w SiLU(z) and the gradient of z, which is the bias's too. A program a query."""
     r = tl.program_id(0).to(tl.int64)
-    shared = (r // (heads * queries)) * queries + r % queries
     e = tl.arange(0, BLOCK_E)
     q_r = tl.load(q + r * E + e, mask=e < E, other=0.0).to(tl.float32)
     g_r = tl.load(grad + r * E + e, mask=e < E, other=0.0).to(tl.float32)
     total = tl.zeros([BLOCK_E], tl.float32)
     for first in range(0, slots, BLOCK_S):
         s = first + tl.arange(0, BLOCK_S)
-        w = tl.load(weight + shared * slots + s, mask=s < slots, other=0.0)
-        place = tl.load(key + r * slots + s, mask=s < slots, other=0)
-        used = (w > 0)[:, None] & (e < E)[None, :]
-        k_s = tl.load(k + place[:, None] * E + e[None, :], mask=used, other=0.0).to(tl.float32)
-        v_s = tl.load(v + place[:, None] * E + e[None, :], mask=used, other=0.0).to(tl.float32)
-        z = tl.sum(k_s * q_r[None, :], 1) * scale + tl.load(bias + r * slots + s, mask=s < slots, other=0.0)
+        w, k_s, v_s, z = _slots(q_r, k, v, bias, key, weight, r, s, e, scale, heads, queries, slots, E)
         gate = tl.sigmoid(z)
         d_z = tl.sum(v_s * g_r[None, :], 1) * w * gate * (1 + z * (1 - gate))
         tl.store(kept + r * slots + s, w * z * gate, mask=s < slots)
@@ -115,6 +116,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, links: Links) -> Tensor:
+        """The sums; keeps what gradients need, nothing of the size of a query's keys but the bias."""
         out = q.new_empty(q.shape, dtype=torch.float32)
         ctx.save_for_backward(q, k, v, bias)
         ctx.links = links
@@ -123,6 +125,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+        """Gradients of q, k, v and the bias; none of links."""
         (q, k, v, bias), links, grad = ctx.saved_tensors, ctx.links, grad.contiguous()
         kept, grad_z, grad_q = torch.empty_like(bias), torch.empty_like(bias), torch.empty_like(q)
         _backward_of_queries[(len(q),)](

@@ -14,6 +14,7 @@ from hpgr import artifacts
 from hpgr.artifacts import FORMAT, Folder, check_format, fingerprint, resolve
 from hpgr.config import Config
 from hpgr.data.preparation import Prepared, in_process, prepare
+from hpgr.data.sources import find_files, fragments
 from hpgr.errors import ArtifactError, StoreError
 
 
@@ -105,3 +106,15 @@ def test_a_store_that_refuses_a_short_read_is_asked_again(bucket: str, monkeypat
         weather.next_reads = 3
         with pytest.raises(StoreError, match=r"cannot read .*run/small"):
             folder.read("small")
+
+
+def test_a_log_on_a_store_that_refuses_short_reads_is_opened(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Folder(bucket).write("log.csv", b"user_id,item_id\na,b\n")
+    weather = Weather()
+    with gate(os.environ["AWS_ENDPOINT_URL"], weather) as through:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", through)
+        monkeypatch.setattr(artifacts, "PAUSES", (0.0, 0.0))
+        weather.next_reads = 2
+        files = find_files([f"{bucket}/log.csv"])
+        weather.next_reads = 2
+        assert [piece.file.uri for piece in fragments(files, ["user_id", "item_id"])] == [f"{bucket}/log.csv"]
