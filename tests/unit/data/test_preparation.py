@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,80 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from helpers_log import BUSY, US, Make, T, busy_log, item_names, one_user, splits, users, vocabulary
 
-from hpgr.data import preparation
 from hpgr.data.hashing import hash_text
-from hpgr.data.preparation import Prepared, in_process, prepare
+from hpgr.data.preparation import in_process, prepare
 from hpgr.schema import FIRST_OOV, TEST, TRAIN, VALIDATION
-
-T = 1_600_000_000
-US = 1_000_000
-Make = Callable[..., Any]
-NAMES = {TRAIN: "train", VALIDATION: "val", TEST: "test"}
-
-
-def users(prepared: Prepared) -> dict[str, dict[str, Any]]:
-    """Timelines of all buckets by user."""
-    rows = [row for b in range(prepared.buckets) for row in prepared.timelines(b).to_pylist()]
-    assert len({row["user"] for row in rows}) == len(rows) == prepared.manifest["account"]["timelines"]
-    return {row["user"]: row for row in rows}
-
-
-def splits(prepared: Prepared) -> dict[str, list[str]]:
-    """The split of each impression of a user, in time order."""
-    return {user: [NAMES[s] for s in row["t_split"]] for user, row in users(prepared).items()}
-
-
-def vocabulary(prepared: Prepared) -> list[str]:
-    return prepared.vocabulary().items.column("value").to_pylist()
-
-
-def item_names(prepared: Prepared, indices: list[int]) -> list[str]:
-    """Ids of item indices; `?` for out of vocabulary."""
-    words, first = vocabulary(prepared), prepared.vocabulary().first_item
-    return [words[i - first] if i >= first else "?" for i in indices]
-
-
-def content(prepared: Prepared) -> list[bytes]:
-    """The prepared files that training reads, byte for byte."""
-    names = ["vocabulary.parquet", "vocabulary.json"]
-    names += [f"timelines/{n}" for n in prepared.folder.entries("timelines")]
-    return [prepared.folder.read(name) for name in names]
-
-
-def one_user(n: int, user: str = "a", start: int = 0) -> list[dict[str, Any]]:
-    """n impressions a second apart, clicked in turn."""
-    return [{"user_id": user, "item_id": f"i{k % 3}", "timestamp": T + start + k, "clicked": k % 2} for k in range(n)]
-
-
-def busy_log(seed: int = 0) -> dict[str, list[Any]]:
-    """Users with many equal times, repeated items, lists, missing values and features of every role."""
-    rng = np.random.default_rng(seed)
-    n = 240
-    return {
-        "user_id": [f"u{k}" for k in rng.integers(0, 7, n)],
-        "item_id": [f"i{k}" for k in rng.integers(0, 12, n)],
-        "timestamp": (T + rng.integers(0, 60, n)).tolist(),
-        "clicked": rng.choice([0, 1, None], n).tolist(),
-        "event": rng.choice(["view", "cart", None], n).tolist(),
-        "page": rng.choice(["p1", "p2", "p3", None], n).tolist(),
-        "price": [None if k % 11 == 0 else round(float(v), 3) for k, v in enumerate(rng.gamma(2, 9, n))],
-        "city": rng.choice(["北京", "São Paulo", "Łódź"], n).tolist(),
-    }
-
-
-BUSY = {
-    "columns": {"label": "clicked", "action": "event", "request": ["page", "timestamp"]},
-    "features": [
-        {"name": "price", "column": "price", "role": "item", "kind": "numeric", "transform": "log1p"},
-        {"name": "city", "column": "city", "role": "user"},
-    ],
-}
-
-
-def permuted(rows: dict[str, list[Any]], order: Any) -> dict[str, list[Any]]:
-    return {name: [values[i] for i in order] for name, values in rows.items()}
-
 
 # Splits.
 
@@ -306,166 +235,6 @@ def test_statistics_come_from_training_only(prepare_log: Make) -> None:
     expected = [(p - 4) / sd if p else np.nan for p in [2.0, 4.0, None, 6.0]] * 4 + [5.0] * 4
     np.testing.assert_allclose(row["t_num"], expected, rtol=1e-6)
     assert row["t_cat"] == [2, 3] * 8 + [1] * 4
-
-
-# Same log, other form.
-
-
-@pytest.mark.parametrize("format", ["csv", "jsonl", "csv.gz", "jsonl.gz"])
-def test_formats_give_equal_timelines(prepare_log: Make, write_log: Make, format: str) -> None:
-    rows, (plain, _, packed) = busy_log(), format.partition(".")
-    rows["timestamp"] = [float(t) + 0.25 for t in rows["timestamp"]]
-    settings = BUSY | {"columns": BUSY["columns"] | {"request": ["page"]}}
-    expected = prepare_log(rows, "parquet", **settings)
-    written: Any = Path(write_log(rows, plain)).read_bytes()
-    got = prepare_log(gzip.compress(written) if packed else written, format, **settings)
-    assert got.manifest["account"] == expected.manifest["account"]
-    assert content(got) == content(expected)
-
-
-@pytest.mark.parametrize("format", ["csv", "jsonl"])
-def test_one_broken_line_does_not_change_the_others(prepare_log: Make, write_log: Make, format: str) -> None:
-    rows = busy_log()
-    expected = prepare_log(rows, format, **BUSY)
-    broken = Path(write_log(rows, format)).read_bytes() + b'{"user_id"\n'
-    assert content(prepare_log(broken, format, name="broken", **BUSY)) == content(expected)
-
-
-@pytest.mark.parametrize("format", ["csv", "jsonl", "parquet"])
-def test_boolean_labels_are_labels_in_every_format(prepare_log: Make, log: Make, format: str) -> None:
-    rows = log()
-    expected = prepare_log(rows, name="numbers")
-    got = prepare_log(rows | {"clicked": [bool(c) for c in rows["clicked"]]}, format)
-    assert content(got) == content(expected)
-
-
-def test_several_files_are_one_log(prepare_log: Make, write_log: Make, config: Make, tmp_path: Path) -> None:
-    rows = busy_log()
-    expected = prepare_log(rows, **BUSY)
-    write_log(permuted(rows, range(100)), "parquet", "logs/day=1/part")
-    write_log(permuted(rows, range(100, 101)), "csv", "logs/day=2/part")
-    write_log(permuted(rows, range(101, 240)), "jsonl", "logs/day=2/part")
-    write_log(b"not read", "csv", "logs/_temporary/part")
-    folder = str(tmp_path / "logs")
-    for path in (folder, folder + "/day=*/p*", [folder + "/day=1", folder + "/day=2", folder]):
-        got = prepare(config(data={"path": path, **BUSY}), in_process, print)
-        assert len(got.manifest["inputs"]) == 3
-        assert content(got) == content(expected)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_shuffled_rows_give_byte_equal_timelines(prepare_log: Make, seed: int) -> None:
-    rows = busy_log()
-    expected = prepare_log(rows, **BUSY)
-    order = np.random.default_rng(seed).permutation(240)
-    shuffled = prepare_log(permuted(rows, order), name="shuffled", **BUSY)
-    assert shuffled.folder != expected.folder
-    assert content(shuffled) == content(expected)
-
-
-def test_duplicated_log_is_the_log(prepare_log: Make) -> None:
-    rows = busy_log()
-    expected = prepare_log(rows, **BUSY)
-    account = expected.manifest["account"]
-    twice = prepare_log({name: values * 2 for name, values in rows.items()}, name="twice", **BUSY)
-    assert content(twice) == content(expected)
-    assert twice.manifest["account"] == account | {"rows_in": 480, "duplicates": account["duplicates"] + 240}
-
-
-def test_rows_that_differ_in_one_mapped_value_are_no_duplicates(prepare_log: Make, log: Make) -> None:
-    rows = log() | {"event": ["view"] * 50, "city": ["x"] * 50, "unmapped": list(range(50))}
-    base = {name: values[0] for name, values in rows.items()}
-    for change in ({}, {"unmapped": 99}, {"event": "cart"}, {"city": "y"}, {"clicked": 1}, {"city": None}):
-        for name, value in (base | change).items():
-            rows[name].append(value)
-    settings = {"columns": {"label": "clicked", "action": "event"}, "features": [BUSY["features"][1]]}
-    assert prepare_log(rows, **settings).manifest["account"]["duplicates"] == 2
-
-
-def test_many_buckets_hold_the_same_users(prepare_log: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = busy_log()
-    expected = prepare_log(rows, **BUSY)
-    monkeypatch.setattr(preparation, "BUCKET_ROWS", 200)
-    got = prepare_log(rows, name="again", **BUSY)
-    assert expected.buckets == 1 < got.buckets
-    assert got.folder.read("vocabulary.parquet") == expected.folder.read("vocabulary.parquet")
-    one, many = users(expected), users(got)
-    numbered = "t_request"
-    for user, row in one.items():
-        same = [name for name in row if name not in (numbered, "t_num", "h_num")]
-        assert {name: row[name] for name in same} == {name: many[user][name] for name in same}
-        for name in ("t_num", "h_num"):
-            np.testing.assert_allclose(row[name], many[user][name], rtol=1e-5)
-        assert [row[numbered].index(r) for r in row[numbered]] == [
-            many[user][numbered].index(r) for r in many[user][numbered]
-        ]
-
-
-# Reuse.
-
-
-def test_reuse_says_so(
-    prepare_log: Make, config: Make, log: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    first = prepare_log(log())
-    assert "reusing" not in capsys.readouterr().out
-    again = prepare(config(data={"path": str(tmp_path / "log.parquet")}), in_process, print)
-    assert f"inputs and settings unchanged, reusing {first.folder.uri}" in capsys.readouterr().out
-    assert again.folder == first.folder
-    assert again.manifest == first.manifest
-
-
-@pytest.mark.parametrize("change", ["content", "settings", "more files"])
-def test_a_changed_input_is_noticed(
-    prepare_log: Make, write_log: Make, config: Make, log: Make, tmp_path: Path, change: str
-) -> None:
-    rows = log()
-    write_log(rows, name="logs/a")
-    first = prepare(config(data={"path": str(tmp_path / "logs")}), in_process, print)
-    settings: dict[str, Any] = {}
-    if change == "content":
-        write_log(rows | {"clicked": [1 - c for c in rows["clicked"]]}, name="logs/a")
-    elif change == "settings":
-        settings = {"vocabulary": {"min_count": 2}}
-    else:
-        write_log(rows | {"user_id": ["new"] * 50}, name="logs/b")
-    second = prepare(config(data={"path": str(tmp_path / "logs"), **settings}), in_process, print)
-    assert second.folder != first.folder
-    assert content(second) != content(first) or change == "settings"
-
-
-# Times.
-
-
-def as_text(micros: int) -> str:
-    return str(np.datetime64(micros, "us")) + "Z"
-
-
-@pytest.mark.parametrize("format", ["parquet", "csv", "jsonl"])
-@pytest.mark.parametrize(
-    ("unit", "convert"),
-    [
-        ("s", lambda t: pa.array([x / US for x in t])),
-        ("ms", lambda t: pa.array([x // 1000 for x in t])),
-        ("us", lambda t: pa.array(t)),
-        ("ns", lambda t: pa.array([x * 1000 + 999 for x in t])),
-        ("ns", lambda t: pa.array(t, pa.timestamp("us"))),
-        ("s", lambda t: pa.array([x * 1000 + 999 for x in t], pa.timestamp("ns"))),
-        ("s", lambda t: pa.array([x // 1000 for x in t], pa.timestamp("ms", "Europe/Warsaw"))),
-        ("s", lambda t: pa.array([as_text(x) for x in t])),
-        ("s", lambda t: pa.array([as_text(x).replace("T", " ").replace("Z", "+00:00") for x in t])),
-    ],
-)
-def test_time_units_agree(prepare_log: Make, log: Make, format: str, unit: str, convert: Make) -> None:
-    rows = log()
-    micros = [t * US + 120_000 for t in rows["timestamp"]]
-    expected = prepare_log(rows | {"timestamp": micros}, name="expected", time_unit="us")
-    table = pa.table(rows | {"timestamp": convert(micros)})
-    if format == "jsonl" and pa.types.is_timestamp(table.column("timestamp").type):
-        table = table.set_column(2, "timestamp", pa.array([as_text(x) for x in micros]))
-    got = prepare_log(table, format, time_unit=unit)
-    assert users(got)["u0"]["h_time"] == users(expected)["u0"]["h_time"] == micros[::5]
-    assert content(got) == content(expected)
 
 
 # Rules and features.
