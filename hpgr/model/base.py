@@ -198,13 +198,10 @@ class TokenClick(ClickModel):
         self.match = MatchFeatures(model.width, model.time_buckets) if model.match_features else None
         self.head = click_head(model.width, sizes.base_rate)
 
-    def candidates(self, x: Inputs, noise: Noise | None) -> Tensor:
-        """Candidate tokens: [B, M, D]."""
-        return self.events.candidates(x, noise, self.known(x))
-
-    def known(self, x: Inputs) -> Tensor | float:
-        """What the visible past says of candidates, to add to their tokens: [B, M, D]. Here, of exactly their item."""
-        return 0.0 if self.match is None else self.match(x, visible_matches(x))
+    def candidates(self, x: Inputs, noise: Noise | None, more: Tensor | float = 0.0) -> Tensor:
+        """Candidate tokens, with what the visible past says of exactly their item, and `more`: [B, M, D]."""
+        match = 0.0 if self.match is None else self.match(x, visible_matches(x))
+        return self.events.candidates(x, noise, match + more)
 
 
 def visible_matches(x: Inputs) -> Tensor:

@@ -17,6 +17,7 @@ from hpgr.model.noise import Noise, number_sites
 from hpgr.model.pgsa import select_anchors, visible_mask
 from hpgr.model.preference import PreferenceFeatures, nearest
 from hpgr.model.relation import Queries, Relation, keep, relate, relate_sparsely, sparse_weights
+from hpgr.model.select import Kept
 from hpgr.model.sem import Sem
 
 
@@ -39,11 +40,15 @@ class HstuClick(TokenClick):
 
     def read(self, past: Past, x: Inputs, noise: Noise | None = None, shares: list[Tensor] | None = None) -> Tensor:
         """As in `ClickModel`; shares are of all events, so where they are wanted the reference attends."""
-        c = self.candidates(x, noise)
         query = None if past.vectors is None else self.anchor_vectors(x.c_item)
         impl = self.config.pgsa.impl if shares is None else "reference"
         relation = self._relation(x, Queries(x.c_item, x.c_time, x.c_visible), query, past.vectors, impl)
+        c = self.candidates(x, noise, self.summaries(past, x, relation.kept))
         return self.head(self.encoder.read(c, past.shown, relation, noise, shares))[..., 0].float()
+
+    def summaries(self, past: Past, x: Inputs, kept: Kept | None) -> Tensor | float:
+        """What candidates carry beside their item: [B, M, D], or nothing. `kept` is what they attend to, if chosen."""
+        return 0.0
 
     def history(self, x: Inputs, noise: Noise | None) -> Tensor:
         """History tokens as they enter the encoder: [B, N, D]."""
@@ -105,14 +110,18 @@ class HpgrClick(HstuClick):
         intra, context = self.sem(tokens, x, noise, torch.ones_like(x.causal))
         return tokens + torch.tanh(self.gate_intra) * (intra - tokens) + torch.tanh(self.gate_inter) * context
 
-    def known(self, x: Inputs) -> Tensor | float:
-        """Of exactly their item, and of the items nearest to it: [B, M, D]."""
+    def summaries(self, past: Past, x: Inputs, kept: Kept | None) -> Tensor | float:
+        """What the user did with the candidates' anchors: [B, M, D]."""
         if self.preference is None:
-            return super().known(x)
-        pgsa, rows = self.config.pgsa, torch.arange(x.h_item.shape[0], device=x.h_item.device)[:, None, None]
-        query, key = self.anchor_vectors(x.c_item), self.anchor_vectors(x.h_item)
-        place, relevance, real = nearest(query, key, x.c_visible, pgsa.top_k, pgsa.impl)
-        return super().known(x) + self.preference(relevance, x.h_action[rows, place], real)
+            return 0.0
+        query, pgsa = self.anchor_vectors(x.c_item), self.config.pgsa
+        key = self.anchor_vectors(x.h_item) if past.vectors is None else past.vectors
+        capped = pgsa.max_keys is not None and pgsa.max_keys < pgsa.top_k
+        chosen = None if kept is None or capped else kept.anchors(pgsa.top_k)
+        place, real = chosen or nearest(query, key, x.c_visible, pgsa.top_k, pgsa.impl)
+        relevance = (query @ key.transpose(1, 2)).gather(-1, place)
+        rows = torch.arange(x.h_item.shape[0], device=x.h_item.device)[:, None, None]
+        return self.preference(relevance, x.h_action[rows, place], real)
 
     def history_vectors(self, x: Inputs) -> Tensor | None:
         return self.anchor_vectors(x.h_item) if self.config.sparse else None

@@ -39,14 +39,13 @@ class PreferenceFeatures(nn.Module):
         return torch.einsum("bmta,tad->bmd", shares_of_actions, self.action)
 
 
-def nearest(query: Tensor, key: Tensor, visible: Tensor, top_k: int, impl: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Anchors of queries by item vectors [B, M, D] and [B, N, D]: positions, relevance, reality, [B, M, K] each.
+def nearest(query: Tensor, key: Tensor, visible: Tensor, top_k: int, impl: str) -> tuple[Tensor, Tensor]:
+    """Anchors of queries by item vectors [B, M, D] and [B, N, D]: positions, and which are real, [B, M, K] each.
 
-    The most recent comes first: the fast choice has no order of its own, and sums over anchors must not depend on the
-    rest of the batch.
+    The most recent comes first, as in `Kept`: the fast choice has no order of its own, and sums over anchors must not
+    depend on the rest of the batch.
     """
     select = select_anchors if impl == "reference" else select_anchors_in_tiles
     place, real = select(query, key, visible, top_k)
     place = torch.where(real, place, -1).sort(-1, descending=True).values
-    real, place = place >= 0, place.clamp(min=0)
-    return place, (query @ key.transpose(1, 2)).gather(-1, place), real
+    return place.clamp(min=0), place >= 0

@@ -6,7 +6,7 @@ Shapes: B rows, Q queries (history events or candidates), N history events, D wi
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -35,13 +35,15 @@ class Relation:
     """How queries relate to the history, the same in every layer. All [B, Q, N], or [B, Q, S] for kept keys alone.
 
     `distance` counts events back from the last visible one (1); `age` is a time bucket; `same` marks events with
-    the query's item; `weights` are attention weights, 0 where the query must not look, or the kept keys.
+    the query's item; `weights` are attention weights, 0 where the query must not look, or the kept keys. `kept` is the
+    choice they were made of, in index form, where it was chosen so.
     """
 
     distance: Tensor
     age: Tensor
     same: Tensor
     weights: Tensor | Links
+    kept: Kept | None = None
 
 
 def relate(
@@ -65,7 +67,7 @@ def relate_kept(x: Inputs, queries: Queries, kept: Kept, config: Model, window: 
     distance = (queries.visible[..., None] - kept.index).clamp(0, window)
     age = time_bucket(queries.time[..., None] - x.h_time[rows, kept.index], config.time_buckets)
     same = queries.item[..., None] == x.h_item[rows, kept.index]
-    return Relation(distance, age, same, link(kept, x.h_item.shape[1], config.heads, fused))
+    return Relation(distance, age, same, link(kept, x.h_item.shape[1], config.heads, fused), kept)
 
 
 def relate_sparsely(
@@ -83,7 +85,7 @@ def relate_sparsely(
         return relate_kept(x, queries, kept, config, window, fused=True)
     if impl == "gather" or gather_pays(n, kept.index.shape[-1], key.device):
         return relate_kept(x, queries, kept, config, window)
-    return relate(x, *queries, kept.dense(n), config, window)
+    return replace(relate(x, *queries, kept.dense(n), config, window), kept=kept)
 
 
 def check_triton(device: torch.device) -> None:

@@ -42,6 +42,13 @@ class Kept:
         """Keys a query keeps: [B, Q]."""
         return (self.weight > 0).sum(-1)
 
+    def anchors(self, top_k: int) -> tuple[Tensor, Tensor]:
+        """Positions of the anchors, the most recent first, and which are real: [B, Q, <= K]. Not of capped keys.
+
+        They are the slots of weight 1, the first ones: beside an anchor a Gaussian is less.
+        """
+        return self.index[..., :top_k], self.weight[..., :top_k] == 1
+
     def dense(self, n: int) -> Tensor:
         """The weights as the reference has them: [B, Q, N]."""
         out = self.weight.new_zeros(*self.weight.shape[:2], n)

@@ -11,6 +11,7 @@ from helpers_model import SIZES, inputs, random_batch, shaken, tiny
 
 from hpgr.model.preference import PreferenceFeatures, nearest
 from hpgr.model.registry import click_model
+from hpgr.model.select import select_keys
 
 
 def features(count: int = 3) -> PreferenceFeatures:
@@ -27,8 +28,8 @@ def test_summaries_equal_the_loop(impl: str) -> None:
     x.c_visible[0, 0] = 0
     vectors = torch.nn.functional.normalize(torch.randn(SIZES.items, 8), dim=-1)
     query, key, rows = vectors[x.c_item], vectors[x.h_item], torch.arange(3)[:, None, None]
-    place, relevance, real = nearest(query, key, x.c_visible, 4, impl)
-    got = made(relevance, x.h_action[rows, place], real)
+    place, real = nearest(query, key, x.c_visible, 4, impl)
+    got = made((query @ key.transpose(1, 2)).gather(-1, place), x.h_action[rows, place], real)
     pasts = set()
     for b in range(3):
         for m in range(6):
@@ -83,6 +84,31 @@ def test_a_candidates_summaries_do_not_depend_on_what_others_see() -> None:
     for others in (50, 200):
         visible = torch.full((2, 4), others)
         visible[0, 0] = 50
-        place, relevance, real = nearest(query, key, visible, 32, "auto")
-        got.append(made(relevance, action[torch.arange(2)[:, None, None], place], real)[0, 0])
+        place, real = nearest(query, key, visible, 32, "auto")
+        got.append(
+            made((query @ key.transpose(1, 2)).gather(-1, place), action[torch.arange(2)[:, None, None], place], real)[
+                0, 0
+            ]
+        )
     assert torch.equal(*got)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "sigma", "max_keys"), [(4, 0.0, None), (4, 1.0, 4), (32, 40.0, None), (3, 1000.0, 70)]
+)
+def test_kept_keys_begin_with_the_anchors(top_k: int, sigma: float, max_keys: int | None) -> None:
+    """So candidates need not choose twice: the same places in the same order, and as many real ones."""
+    generator = torch.Generator().manual_seed(5)
+    table = torch.randn(20, 8, generator=generator)
+    query, key = (table[torch.randint(0, 20, (2, n), generator=generator)] for n in (9, 80))
+    visible = torch.randint(0, 81, (2, 9), generator=generator)
+    visible[0, 0] = 0
+    ours = select_keys(query, key, visible, top_k, sigma, max_keys).anchors(top_k)
+    theirs = nearest(query, key, visible, top_k, "reference")
+    assert torch.equal(ours[1], theirs[1])
+    assert torch.equal(ours[0].where(ours[1], -1), theirs[0].where(theirs[1], -1))
+
+
+@pytest.mark.parametrize("pgsa", [{"max_keys": 2}, {"max_keys": 3}, {"scope": "candidate", "sigma": 0.0}])
+def test_capped_or_not_summaries_are_of_all_anchors(pgsa: dict[str, Any]) -> None:
+    torch.testing.assert_close(scores(impl="reference", **pgsa), scores(impl="gather", **pgsa), rtol=1e-4, atol=1e-5)
