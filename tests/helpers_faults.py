@@ -204,7 +204,58 @@ def wait_for(found: Callable[[], Any], timeout: float = 200, process: subprocess
     return value
 
 
-# A cluster of real raylets
+# A cluster of real raylets, each on a host of its own if need be
+
+
+@dataclass
+class Network:
+    """Hosts with addresses of their own, each in a network namespace, on one bridge; links can be cut and healed."""
+
+    name: str
+    hosts: int = 0
+
+    @property
+    def address(self) -> str:
+        """This machine's on the bridge."""
+        return "10.213.7.1"
+
+    def host(self) -> tuple[str, list[str]]:
+        """One more host: its address, and what runs a command on it."""
+        self.hosts += 1
+        space, link, address = f"{self.name}-{self.hosts}", f"{self.name}v{self.hosts}", f"10.213.7.{self.hosts + 1}"
+        for words in (
+            f"netns add {space}", f"link add {link} type veth peer name eth0 netns {space}",
+            f"link set {link} master {self.name} up", f"-n {space} link set lo up", f"-n {space} link set eth0 up",
+            f"-n {space} addr add {address}/24 dev eth0",
+        ):  # fmt: skip
+            _ip(words)
+        return address, ["ip", "netns", "exec", space]
+
+    def cut(self, host: int) -> None:
+        """`host` counts from 0."""
+        _ip(f"link set {self.name}v{host + 1} down")
+
+    def heal(self, host: int) -> None:
+        _ip(f"link set {self.name}v{host + 1} up")
+
+
+def _ip(words: str) -> None:
+    subprocess.run(["ip", *words.split()], check=True, capture_output=True)
+
+
+@contextmanager
+def network() -> Iterator[Network]:
+    """For the block. Raises CalledProcessError or OSError where this machine may not make one."""
+    made = Network(f"hp{secrets.token_hex(3)}")
+    try:
+        for words in (f"link add {made.name} type bridge", f"addr add {made.address}/24 dev {made.name}",
+                      f"link set {made.name} up"):  # fmt: skip
+            _ip(words)
+        yield made
+    finally:
+        for words in [*(f"netns del {made.name}-{n + 1}" for n in range(made.hosts)), f"link del {made.name}"]:
+            with suppress(subprocess.CalledProcessError, OSError):
+                _ip(words)
 
 
 @dataclass
@@ -229,13 +280,13 @@ class Raylets:
                                          f"--temp-dir={self.folder}", "--include-dashboard=false",
                                          f"--num-cpus={cpus}"])  # fmt: skip
 
-    def add(self, cpus: int = 1) -> int:
-        """One more node; returns its index."""
-        words = [f"--address={self.host}:{self.port}", f"--node-ip-address={self.host}", f"--num-cpus={cpus}"]
-        self.nodes.append(self._start(f"node{len(self.nodes)}", words))
+    def add(self, cpus: int = 1, host: str = "", within: Sequence[str] = ()) -> int:
+        """One more node, at an address of its own if given, `within` what a command is run by; returns its index."""
+        words = [f"--address={self.host}:{self.port}", f"--node-ip-address={host or self.host}", f"--num-cpus={cpus}"]
+        self.nodes.append(self._start(f"node{len(self.nodes)}", words, within))
         return len(self.nodes) - 1
 
-    def _start(self, name: str, words: Sequence[str]) -> subprocess.Popen[bytes]:
+    def _start(self, name: str, words: Sequence[str], within: Sequence[str] = ()) -> subprocess.Popen[bytes]:
         # A dead or paused node should be missed within seconds, not after Ray's half minute.
         patience = {"RAY_health_check_initial_delay_ms": "5000", "RAY_health_check_period_ms": "1000",
                     "RAY_health_check_timeout_ms": "3000", "RAY_health_check_failure_threshold": "3"}  # fmt: skip
@@ -244,7 +295,7 @@ class Raylets:
         log = self.folder / f"{name}.log"
         with log.open("w") as out:
             process = subprocess.Popen(
-                [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats",
+                [*within, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats",
                  f"--object-store-memory={STORE_BYTES}", *words],
                 env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
         wait_for(lambda: "Ray runtime started" in log.read_text(), 90, process)
@@ -255,6 +306,10 @@ class Raylets:
         for process in tree(self.nodes[node].pid):
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(kind)
+
+    def at_work(self, name: str) -> list[int]:
+        """Nodes with a worker process that is at work on something whose name begins so."""
+        return [n for n, node in enumerate(self.nodes) if ray_workers(node.pid, name)]
 
     def stop(self) -> None:
         mark = str(self.folder).encode()
@@ -268,8 +323,8 @@ class Raylets:
 
 
 @contextmanager
-def raylets(folder: Path, nodes: int, head_cpus: int = 1) -> Iterator[Raylets]:
-    """A cluster on loopback for the block, touching no other Ray on the machine."""
+def raylets(folder: Path, nodes: int, head_cpus: int = 1, host: str = "") -> Iterator[Raylets]:
+    """A cluster on this machine for the block, at its own address or another, touching no other Ray on it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
@@ -277,7 +332,7 @@ def raylets(folder: Path, nodes: int, head_cpus: int = 1) -> Iterator[Raylets]:
     token.write_text(secrets.token_hex(32))
     from ray.util import get_node_ip_address
 
-    cluster = Raylets(folder, get_node_ip_address(), port, token)
+    cluster = Raylets(folder, host or get_node_ip_address(), port, token)
     try:
         cluster.start_head(head_cpus)
         for _ in range(nodes):

@@ -132,7 +132,7 @@ def train(run: Run, worker: Worker, test: bool = True) -> dict[str, Any]:
     out: dict[str, Any] = {"curves": [], "seconds": {}}
     stage1: ItemStage | None = None
     if run.config.stage1.enabled:
-        stage1 = _item_stage(run, items)
+        stage1 = item_stage(run, items)
         tested = partial(_test_items, run, worker, stage1) if test else None
         out["stage1"] = _finish(run, worker, stage1, out, tested)
     if run.config.stage2.enabled:
@@ -156,7 +156,8 @@ def _clicks(
     return {"stage2": found} | ({"baselines": found["test"].pop("baselines_auc")} if test else {})
 
 
-def _item_stage(run: Run, items: pa.Table) -> ItemStage:
+def item_stage(run: Run, items: pa.Table) -> ItemStage:
+    """Stage 1 of a run, untrained; `items` is the prepared log's vocabulary."""
     counts = items.column("count").to_numpy().astype(np.float64)
     return ItemStage(run.config, run.sizes(), counts, run.spec("masked"), run.spec("next_item-validation"))
 
@@ -169,7 +170,7 @@ def _finish(
     done = distributed.from_first(_done(folder) if first else None)
     if done is None:
         start = time.monotonic()
-        progress = fit(stage, _context(run, worker, folder))
+        progress = fit(stage, loop_context(run, worker, folder))
         done = _figures(progress) | {"settings": stage_key(run.config, run.prepared, stage.name)}
         done["seconds"] += time.monotonic() - start - progress.seconds if progress.seconds else 0.0
         if first:
@@ -230,7 +231,8 @@ def _figures(progress: Progress) -> dict[str, Any]:
     }
 
 
-def _context(run: Run, worker: Worker, folder: Folder) -> Context:
+def loop_context(run: Run, worker: Worker, folder: Folder) -> Context:
+    """What the training loop is told of a run, a worker and a stage's folder."""
     config, sizes = run.config, run.sizes()
     window, budget = config.stream.window, config.stream.batch_tokens
     widths = {

@@ -1,12 +1,13 @@
-"""The short set: a train worker, a node and a driver die in the middle of work; the result is the undisturbed one."""
+"""The short set: a train worker, a node and a driver die, a node is paused or cut off, all in the middle of work; the
+result is the undisturbed one."""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from helpers_faults import (
     Raylets,
     batch_score,
     close,
+    network,
     outcome,
     ray_workers,
     raylets,
@@ -68,11 +70,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Raylets]:
 
 def kill_node(cluster: Raylets, name: str, process: subprocess.Popen[str]) -> None:
     """The node where a worker of that name is."""
-
-    def where() -> list[int]:
-        return [n for n, node in enumerate(cluster.nodes) if ray_workers(node.pid, name)]
-
-    node = wait_for(where, 200, process)[0]
+    node = wait_for(lambda: cluster.at_work(name), 200, process)[0]
     cluster.signal(node, signal.SIGKILL)
     cluster.nodes[node].wait(30)
 
@@ -113,3 +111,48 @@ def test_a_node_dies_while_scoring(alone: Job, scored: Any, cluster: Raylets, tm
         kill_node(cluster, "ray::MapWorker", process)
         end(job, process)
     assert outcome(job) == scored
+
+
+def returns_while_another_trains(
+    cluster: Raylets, job: Job, lose: Callable[[int], None], back: Callable[[int], None]
+) -> None:
+    """A node is lost with the trainer alive on it, and comes back once the job works elsewhere or has ended."""
+    with in_stage_2(job) as process:
+        node = wait_for(lambda: cluster.at_work(TRAINER), 200, process)[0]
+        lose(node)
+        wait_for(lambda: process.poll() is not None or set(cluster.at_work(TRAINER)) - {node}, 200)
+        back(node)
+        end(job, process)
+
+
+@pytest.mark.faults
+def test_a_paused_node_wakes_after_it_was_given_up(alone: Job, cluster: Raylets, tmp_path: Path) -> None:
+    job = two_stage(tmp_path, *ON_A_WORKER, **cluster.environment)
+
+    def pause(node: int) -> None:
+        cluster.signal(node, signal.SIGSTOP)
+
+    def wake(node: int) -> None:
+        cluster.signal(node, signal.SIGCONT)
+
+    returns_while_another_trains(cluster, job, pause, wake)
+    assert close(outcome(job), outcome(alone))
+
+
+@pytest.mark.faults
+def test_a_node_is_cut_off_and_its_link_healed(
+    alone: Job, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    with ExitStack() as stack:
+        try:
+            wires = stack.enter_context(network())
+            hosts = [wires.host() for _ in range(2)]
+        except (subprocess.CalledProcessError, OSError) as error:
+            pytest.skip(f"network namespaces cannot be made here: {error}")
+        folder = tmp_path_factory.mktemp("ray")
+        cluster = stack.enter_context(raylets(folder, nodes=0, head_cpus=0, host=wires.address))
+        for host, within in hosts:
+            cluster.add(1, host, within)
+        job = two_stage(tmp_path, *ON_A_WORKER, **cluster.environment)
+        returns_while_another_trains(cluster, job, wires.cut, wires.heal)
+    assert close(outcome(job), outcome(alone))
