@@ -3,6 +3,7 @@
 
 python jobs/benchmark.py attention                                 # 5 minutes on 2 cores, 9 GB for dense at 8192
 python jobs/benchmark.py prepare                                   # 10 million rows; pip install 'hpgr[peers]' first
+python jobs/benchmark.py step --log .../ml-1m.parquet              # pip install 'hpgr[step-peers]' elsewhere first
 python jobs/benchmark.py stream                                    # minutes on 2 cores
 python jobs/benchmark.py search-overhead                           # minutes on 2 cores
 python jobs/benchmark.py score                                     # a million pairs: minutes on 2 cores
@@ -24,6 +25,7 @@ from hpgr.on_ray import command
 BENCHMARKS = {
     "attention": "PGSA over kept keys against dense HSTU attention, forward and backward, by history length",
     "prepare": "preparing a log against DuckDB and Polars that sort and sessionise the same files",
+    "step": "next-item training against RecTools' and torch-rechub's HSTU, events a second",
     "stream": "batches for the trainers against what training takes, and against no Ray",
     "search-overhead": "trials that train in their own process against trials that train by Ray Train",
     "score": "cached batch scoring against encoding the history anew for each candidate",

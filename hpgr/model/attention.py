@@ -55,4 +55,13 @@ def _activations(q: Tensor, k: Tensor, self_k: Tensor, bias: Tensor, self_bias: 
     """Activations of the history [B, H, Q, N] and of the query itself [B, H, Q, 1], before weights."""
     scale = 1 / math.sqrt(q.shape[-1])
     own = F.silu((q * self_k).sum(-1, keepdim=True) * scale + self_bias[:, None, None])
-    return F.silu(q @ k.transpose(-1, -2) * scale + bias), own
+    return F.silu(_scores(q * scale, k, bias)), own
+
+
+def _scores(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
+    """q.k + bias: [B, H, Q, N]. As one product where types allow, so that fewer maps go through memory; under autocast
+    the bias stays in float32."""
+    if q.dtype != bias.dtype:
+        return q @ k.transpose(-1, -2) + bias
+    flat = torch.baddbmm(bias.flatten(0, 1), q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
+    return flat.view(bias.shape)

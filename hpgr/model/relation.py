@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -36,7 +37,8 @@ class Relation:
 
     `distance` counts events back from the last visible one (1); `age` is a time bucket; `same` marks events with
     the query's item; `weights` are attention weights, 0 where the query must not look, or the kept keys. `kept` is the
-    choice they were made of, in index form, where it was chosen so.
+    choice they were made of, in index form, where it was chosen so. `bounds` are heads, distances and ages that there
+    may be.
     """
 
     distance: Tensor
@@ -44,6 +46,16 @@ class Relation:
     same: Tensor
     weights: Tensor | Links
     kept: Kept | None = None
+    bounds: tuple[int, int, int] | None = None
+
+    @cached_property
+    def code(self) -> Tensor:
+        """Place of each pair in a table [heads, distances, ages, 2] of biases, flat: [B, H, Q, N] int32."""
+        assert self.bounds is not None
+        heads, distances, ages = self.bounds
+        code = (self.distance * ages).add_(self.age).mul_(2).add_(self.same).to(torch.int32)
+        head = torch.arange(heads, device=code.device, dtype=torch.int32) * (distances * ages * 2)
+        return code[:, None] + head[:, None, None]
 
 
 def relate(
@@ -54,11 +66,11 @@ def relate(
     Events of one second are at the same distance from a query however they are ordered among themselves only if
     the query is later than all of them; the distance is counted from what is visible, so ties tell nothing.
     """
-    place = torch.arange(x.h_item.shape[1], device=item.device)
-    distance = (visible[..., None] - place).clamp(0, window)
+    place = torch.arange(x.h_item.shape[1], device=item.device, dtype=torch.int32)
+    distance = (visible[..., None].to(torch.int32) - place).clamp_(0, window)
     age = time_bucket(time[..., None] - x.h_time[:, None, :], config.time_buckets)
     same = item[..., None] == x.h_item[:, None, :]
-    return Relation(distance, age, same, weights.to(torch.float32))
+    return Relation(distance, age, same, weights.to(torch.float32), bounds=_bounds(config, window))
 
 
 def relate_kept(x: Inputs, queries: Queries, kept: Kept, config: Model, window: int, fused: bool = False) -> Relation:
@@ -67,7 +79,12 @@ def relate_kept(x: Inputs, queries: Queries, kept: Kept, config: Model, window: 
     distance = (queries.visible[..., None] - kept.index).clamp(0, window)
     age = time_bucket(queries.time[..., None] - x.h_time[rows, kept.index], config.time_buckets)
     same = queries.item[..., None] == x.h_item[rows, kept.index]
-    return Relation(distance, age, same, link(kept, x.h_item.shape[1], config.heads, fused), kept)
+    links = link(kept, x.h_item.shape[1], config.heads, fused)
+    return Relation(distance, age, same, links, kept, _bounds(config, window))
+
+
+def _bounds(config: Model, window: int) -> tuple[int, int, int]:
+    return config.heads, window + 1, config.time_buckets
 
 
 def relate_sparsely(

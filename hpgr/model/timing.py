@@ -14,10 +14,10 @@ LONGEST = 20 * 365 * 86400.0
 
 
 def time_bucket(delta: Tensor, buckets: int) -> Tensor:
-    """Log-spaced bucket in [0, buckets) of a difference in microseconds (negative counts as zero), any shape."""
+    """Log-spaced bucket in [0, buckets) of a difference in microseconds (negative counts as zero), any shape, int32."""
     scale = (buckets - 1) / math.log2(1 + LONGEST)
-    seconds = delta.clamp(min=0).to(torch.float32) / SECOND
-    return (torch.log2(1 + seconds) * scale).long().clamp(max=buckets - 1)
+    seconds = delta.clamp(min=0).to(torch.float32).div_(SECOND)
+    return seconds.add_(1).log2_().mul_(scale).to(torch.int32).clamp_(max=buckets - 1)
 
 
 def time_before(h_time: Tensor, visible: Tensor) -> Tensor:

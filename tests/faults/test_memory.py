@@ -57,7 +57,8 @@ def test_a_log_ten_times_the_object_store(tmp_path: Path, tmp_path_factory: pyte
     features = ", ".join(f"{{name: {x}, column: {x}, role: candidate, kind: numeric}}" for x in WIDE)
     with raylets(tmp_path_factory.mktemp("ray"), nodes=1) as cluster:
         job = two_stage(
-            tmp_path / "job", f"data.path={tmp_path / 'log'}", "data.columns.label=clicked", f"data.features=[{features}]",
+            tmp_path / "job", f"data.path={tmp_path / 'log'}", "data.columns.label=clicked",
+            f"data.features=[{features}]", "data.split.by=user_fraction",
             "model.name=logistic", "stage1.enabled=false", "stage2.epochs=1", "stream.batch_tokens=65536",
             "resources.workers=1", "resources.cpus_per_worker=0.5", **cluster.environment,
         )  # fmt: skip

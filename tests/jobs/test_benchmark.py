@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -18,7 +19,7 @@ import torch
 from hpgr.config import validate
 from hpgr.errors import ConfigError
 from hpgr.model.hstu import HstuEncoder
-from hpgr.on_ray.benchmarks import attention, prepare
+from hpgr.on_ray.benchmarks import attention, prepare, step
 
 Benchmark = Callable[[str], tuple[dict[str, Any], str]]
 
@@ -102,9 +103,30 @@ def test_prepare_without_peers(benchmark: Benchmark) -> None:
     assert figures["peak_mb"]["3000"]["prepare"] > 0
 
 
+@pytest.mark.parametrize("peer", ["", *step.PEERS])
+def test_step(peer: str, tmp_path: Path) -> None:
+    """Each way trains on every event that it says: all but a user's last two, which are held out."""
+    if peer:
+        pytest.importorskip(step.PEERS[peer])
+    rng, users, each = np.random.default_rng(0), 12, 20
+    log = pa.table({"user_id": np.repeat(np.arange(users), each), "item_id": rng.integers(0, 9, users * each),
+                    "timestamp": 1_600_000_000 + np.arange(users * each) * 60,
+                    "rating": rng.integers(1, 6, users * each)})  # fmt: skip
+    pq.write_table(log, tmp_path / "log.parquet")
+    parser = argparse.ArgumentParser()
+    step.arguments(parser)
+    words = f"--log {tmp_path}/log.parquet --users 10 --rounds 1 --peers={peer} --set model.width=8"
+    figures = step.run(parser.parse_args(words.split()), print)
+    assert figures["events"]["hpgr"] == 10 * (each - 2)
+    assert figures["ratios"].keys() == ({f"over_{peer}"} if peer else set())
+    assert figures["events"].get(peer, 10 * (each - 3)) == 10 * (each - 3)
+    assert all(speed["median"] > 0 for speed in figures["events_per_second"].values())
+
+
 def test_a_peer_that_is_not_there_is_named() -> None:
-    with pytest.raises(ConfigError, match="got spark"):
-        prepare.run(argparse.Namespace(peers="spark", rows="10", rounds=1, keep=None), print)
+    for benchmark in (prepare, step):
+        with pytest.raises(ConfigError, match="got spark"):
+            benchmark.run(argparse.Namespace(peers="spark", rows="10", rounds=1, keep=None), print)
 
 
 @pytest.mark.slow

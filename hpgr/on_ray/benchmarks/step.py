@@ -199,7 +199,7 @@ def rechub(config: Config, log: pd.DataFrame, device: str) -> Epoch:
     moment = np.zeros((users, window + 1), np.int64)
     moment[user[near], window - place[near]] = log["time"].to_numpy()[near]
     ago = np.where(token > 0, moment[:, -1:] - moment, 0)[:, :-1]
-    positions = np.broadcast_to(np.arange(window), ago.shape)
+    positions = np.tile(np.arange(window), (users, 1))
     data = SequenceDataGenerator(token[:, :-1], positions, token[:, -1], ago)
     (loader,) = data.generate_dataloader(batch_size=rows_a_step(config, log))
     torch.manual_seed(config.seed)

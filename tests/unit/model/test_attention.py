@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hpgr.model import hstu
 from hpgr.model.attention import attend, attention_shares
 from hpgr.model.hstu import RelativeBias
 from hpgr.model.pgsa import visible_mask
-from hpgr.model.relation import relate
+from hpgr.model.relation import Queries, keep, relate, relate_kept
 from hpgr.model.timing import time_bucket
 
 
@@ -107,6 +108,31 @@ def test_bias_equals_the_loop() -> None:
                     expected = bias.position[h, r.distance[b, m, j]] + bias.time[h, r.age[b, m, j]]
                     expected = expected + bias.match[h] * r.same[b, m, j]
                     assert float(got[b, h, m, j]) == pytest.approx(float(expected.detach()), abs=1e-6)
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["whole maps", "kept keys"])
+def test_biases_looked_up_as_sums_are_the_same(cached: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, so that scores cannot depend on how many pairs a batch has; gradients to rounding."""
+    config, window = tiny().model, 5
+    x = inputs(random_batch(3, 8, 4, seed=2))
+    queries = Queries(x.c_item, x.c_time, x.c_visible)
+    if cached:
+        vectors = torch.randn(3, 4, 6), torch.randn(3, 8, 6)
+        r = relate_kept(x, queries, keep(*vectors, x.c_visible, config.pgsa), config, window)
+    else:
+        r = relate(x, *queries, visible_mask(x.c_visible, 8), config, window)
+    bias = RelativeBias(config.heads, window, config.time_buckets)
+    torch.nn.init.normal_(bias.match)
+    found = {}
+    for least in (0.0, float("inf")):
+        monkeypatch.setattr(hstu, "SUMS_PAY", least)
+        out = bias(r)
+        found[least] = out.detach(), torch.autograd.grad((out * torch.arange(out.numel()).view(out.shape)).sum(),
+                                                         [bias.position, bias.time, bias.match])  # fmt: skip
+    (sums, of_sums), (apart, of_apart) = found.values()
+    assert torch.equal(sums, apart)
+    for got, expected in zip(of_sums, of_apart, strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 def test_shares_are_the_sizes_of_what_attention_sums() -> None:
