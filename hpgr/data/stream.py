@@ -115,10 +115,17 @@ def _plan(spec: StreamSpec, epoch: int) -> list[Group]:
     return spec.plan(None if epoch < 0 else epoch)
 
 
-@lru_cache(maxsize=2)
+_group: dict[tuple[str, float, tuple[int, ...]], Assembler] = {}
+"""The group that this process read last. One: a group is most of a data task's memory, and goes before the next."""
+
+
 def _assembler(prepared: str, gap_minutes: float, buckets: tuple[int, ...]) -> Assembler:
-    log = Prepared.open(Folder(prepared))
-    return Assembler({b: log.timelines(b) for b in buckets}, gap_minutes)
+    key = (prepared, gap_minutes, buckets)
+    if key not in _group:
+        _group.clear()
+        log = Prepared.open(Folder(prepared))
+        _group[key] = Assembler({b: log.timelines(b) for b in buckets}, gap_minutes)
+    return _group[key]
 
 
 @lru_cache(maxsize=4)

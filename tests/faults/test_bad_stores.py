@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import boto3
 import pytest
-from helpers_faults import Job, close, outcome, two_stage
+from helpers_faults import ROOT, Job, close, outcome, tune, two_stage, wait_for
 from helpers_store import SECRETS, Weather, environment, gate, store
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
@@ -86,3 +87,44 @@ def test_a_store_that_is_gone_ends_the_job_in_words_and_it_goes_on(endpoint: str
         job.finish()
     fetch(endpoint, "gone", tmp_path)
     assert close(outcome(job), outcome(alone))
+
+
+@pytest.mark.faults
+def test_a_search_on_a_store_goes_on_after_its_driver_died(endpoint: str, tmp_path: Path) -> None:
+    """Study, trials and results are all there; the disk has nothing that a resumed search needs."""
+    alone = tune(tmp_path / "alone")
+    alone.finish()
+    disk = tune(tmp_path / "store", f"data.prepared=s3://{BUCKET}/search/prepared", **environment(endpoint))
+    uri = f"s3://{BUCKET}/search/run"
+    first, again = ([uri if word == "run" else word for word in words] for words in (disk.first, disk.again))
+    with replace(disk, first=first).started() as process:
+        wait_for(lambda: "trial 0: finished" in disk.said(), 200, process)
+        process.kill()
+    replace(disk, first=again).finish()
+    fetch(endpoint, "search", disk.cwd)
+    assert close(outcome(disk), outcome(alone))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1600)
+def test_a_real_log_on_a_store_trains_as_on_a_disk(
+    endpoint: str, shared_data: Callable[[str], str], tmp_path: Path
+) -> None:
+    """ml-100k: log, prepared log, checkpoints and results; for the epochs that a test has time for."""
+    log = Path(shared_data("ml-100k.parquet"))
+    client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", aws_access_key_id="k",
+                          aws_secret_access_key="s")  # fmt: skip
+    client.upload_file(str(log), BUCKET, "real/ml-100k.parquet")
+    few = ["stage1.epochs=3", "stage2.epochs=2", "checkpoints.every_steps=40"]
+    places = {"disk": (str(log), f"{tmp_path}/disk", {}), "store": (f"s3://{BUCKET}/real/ml-100k.parquet",
+              f"s3://{BUCKET}/real", environment(endpoint))}  # fmt: skip
+    jobs = {}
+    for name, (path, home, variables) in places.items():
+        values = [*few, f"data.path={path}", f"data.prepared={home}/prepared"]
+        words = ["--config", str(ROOT / "jobs/configs/ml-100k.yaml"), "--run", f"{home}/run"]
+        words += [word for value in values for word in ("--set", value)]
+        (tmp_path / name).mkdir()
+        jobs[name] = Job("two_stage", tmp_path / name / "run", tmp_path / name, words, words, variables)
+        jobs[name].finish(700)
+    fetch(endpoint, "real", tmp_path / "store")
+    assert close(outcome(jobs["store"]), outcome(jobs["disk"]))
