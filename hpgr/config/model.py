@@ -29,8 +29,8 @@ class Pgsa(Section):
     impl: Literal["reference", "gather", "triton", "auto"] = "auto"
     """How it is computed; scores agree to 1e-5. reference: weights over the whole history. gather: kept keys alone,
     time and memory linear in them. triton: the same as fused kernels, on a CUDA GPU with the package triton. auto: keys
-    chosen the fast way; on a CPU gather where a batch's padded histories are long (128 events, and twice the keys a
-    query may keep), else the whole history with its weights."""
+    chosen the fast way; on a CPU gather where a batch's padded histories are long (256 events, and four times the keys
+    a query may keep), else the whole history with its weights."""
 
 
 class Sem(Section):

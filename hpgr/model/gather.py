@@ -29,9 +29,9 @@ with warnings.catch_warnings():
     torch.sparse_csr_tensor([0, 0], [], torch.zeros(0), (1, 1), check_invariants=False)
 
 
-GATHER_FROM = 128
+GATHER_FROM = 256
 """Events of a padded history from which `auto` gathers..."""
-GATHER_SHARE = 2
+GATHER_SHARE = 4
 """... and how many times the slots of a query they must be. Both measured on two cores; shorter is as fast or faster
 with weights over the whole history."""
 

@@ -13,7 +13,7 @@ from hpgr.config import Config, dump, validate
 from hpgr.model.base import ItemModel
 from hpgr.search.space import placed
 from hpgr.training.loop import fit
-from hpgr.training.two_stage import Run, _context, _item_stage, stage_key, train
+from hpgr.training.two_stage import Run, item_stage, loop_context, stage_key, train
 
 FREE = {
     "model.name": "mtgr",
@@ -62,8 +62,8 @@ def changed(config: Config, values: dict[str, Any]) -> Config:
 
 def stage1_weights(run: Run) -> dict[str, torch.Tensor]:
     torch.manual_seed(run.config.seed)
-    stage = _item_stage(run, run.prepared.folder.read_parquet("vocabulary.parquet"))
-    fit(stage, _context(run, worker(), run.folder.sub("stage1")))
+    stage = item_stage(run, run.prepared.folder.read_parquet("vocabulary.parquet"))
+    fit(stage, loop_context(run, worker(), run.folder.sub("stage1")))
     assert isinstance(stage.model, ItemModel)
     return stage.model.state_dict()
 
