@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from hpgr.model.pgsa import LOWEST, gaussian_level, sortable, sortable_at
 
-TILE = 1 << 19
-"""Most relevances alive at once (4 MB in float64): what a core's cache can hold."""
+TILE, TILE_QUERIES = 1 << 17, 64
+"""Most relevances alive at once (1 MB in float64: what a core's cache can hold), or so many queries of one history."""
 BLOCK = 16
 """Events of a block; histories of fewer than two blocks an anchor are searched whole."""
 FAR = 1 << 40
@@ -95,7 +95,7 @@ def select_anchors_in_tiles(query: Tensor, key: Tensor, visible: Tensor, top_k: 
 def _anchor_tiles(query: Tensor, key: Tensor, visible: Tensor, top_k: int) -> Iterator[tuple[slice, Tensor]]:
     """Queries of a tile and their anchors [B, T, <= K], -FAR where there are fewer."""
     rows, n = len(key), key.shape[1]
-    size = max(1, TILE // max(1, rows * n))
+    size = max(1, max(TILE, TILE_QUERIES * n) // max(1, rows * n))
     key64 = key.double().transpose(1, 2)
     seen = visible.amax(0)
     for first in range(0, query.shape[1], size):
