@@ -37,8 +37,9 @@ class RelativeBias(nn.Module):
     def forward(self, r: Relation) -> Tensor:
         """[B, H, Q, N], or [B, H, Q, S] for kept keys."""
         pairs, sums = r.distance.numel() * len(self.match), 2 * self.position.numel() * self.time.shape[1]
-        if r.bounds is not None and pairs >= SUMS_PAY * sums:
-            # Every sum that there may be, then one look at each pair: the same values as below, to the bit.
+        if r.bounds is not None and not torch.compiler.is_exporting() and pairs >= SUMS_PAY * sums:
+            # Every sum that there may be, then one look at each pair: the same values as below, to the bit. An exported
+            # program is for shapes of any size, so it may not choose by them.
             both = (self.position[:, :, None] + self.time[:, None])[..., None]
             table = torch.cat([both, both + self.match[:, None, None, None]], -1)
             return table.flatten().index_select(0, r.code.flatten()).view(r.code.shape)
