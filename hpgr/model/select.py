@@ -21,6 +21,8 @@ from hpgr.model.pgsa import LOWEST, gaussian_level, sortable, sortable_at
 
 TILE, TILE_QUERIES = 1 << 17, 64
 """Most relevances alive at once (1 MB in float64: what a core's cache can hold), or so many queries of one history."""
+TILE_ON_GPU = 1 << 19
+"""The same where launches cost more than memory [D]; not measured."""
 BLOCK = 16
 """Events of a block; histories of fewer than two blocks an anchor are searched whole."""
 FAR = 1 << 40
@@ -95,7 +97,8 @@ def select_anchors_in_tiles(query: Tensor, key: Tensor, visible: Tensor, top_k: 
 def _anchor_tiles(query: Tensor, key: Tensor, visible: Tensor, top_k: int) -> Iterator[tuple[slice, Tensor]]:
     """Queries of a tile and their anchors [B, T, <= K], -FAR where there are fewer."""
     rows, n = len(key), key.shape[1]
-    size = max(1, max(TILE, TILE_QUERIES * n) // max(1, rows * n))
+    tile_size = TILE if key.device.type == "cpu" else TILE_ON_GPU
+    size = max(1, max(tile_size, TILE_QUERIES * n) // max(1, rows * n))
     key64 = key.double().transpose(1, 2)
     seen = visible.amax(0)
     for first in range(0, query.shape[1], size):

@@ -79,7 +79,7 @@ def test_a_log_ten_times_the_object_store(tmp_path: Path, tmp_path_factory: pyte
     assert max(most.values()) < size
 
 
-def test_a_user_a_thousand_times_longer_than_others_does_not_make_training_grow(tmp_path: Path) -> None:
+def test_a_user_five_hundred_times_as_long_as_others_does_not_make_training_grow(tmp_path: Path) -> None:
     """Trained in the driver, in full windows: what matters is the budget of a batch, not the longest user."""
     rng = np.random.default_rng(0)
     even = np.repeat(np.arange(600), 200)
