@@ -17,7 +17,7 @@ from hpgr.config import Model
 from hpgr.model.attention import attend, attention_shares
 from hpgr.model.gather import Links, attend_kept
 from hpgr.model.noise import Dropout, Noise
-from hpgr.model.relation import Relation
+from hpgr.model.relation import Pairs, Relation
 
 KeyValue = tuple[Tensor, Tensor]
 SUMS_PAY = 2
@@ -34,17 +34,17 @@ class RelativeBias(nn.Module):
         self.match = nn.Parameter(torch.zeros(heads))
         self.own = nn.Parameter(torch.zeros(heads))
 
-    def forward(self, r: Relation) -> Tensor:
+    def forward(self, p: Pairs) -> Tensor:
         """[B, H, Q, N], or [B, H, Q, S] for kept keys."""
-        pairs, sums = r.distance.numel() * len(self.match), 2 * self.position.numel() * self.time.shape[1]
-        if r.bounds is not None and not torch.compiler.is_exporting() and pairs >= SUMS_PAY * sums:
-            # Every sum that there may be, then one look at each pair: the same values as below, to the bit. An exported
-            # program is for shapes of any size, so it may not choose by them.
+        sums = 2 * self.position.numel() * self.time.shape[1]
+        # An exported program is for shapes of any size, so it may not choose by them.
+        if not torch.compiler.is_exporting() and p.distance.numel() * len(self.match) >= SUMS_PAY * sums:
+            # Every sum that there may be, then one look at each pair: the same values as below, to the bit.
             both = (self.position[:, :, None] + self.time[:, None])[..., None]
             table = torch.cat([both, both + self.match[:, None, None, None]], -1)
-            return table.flatten().index_select(0, r.code.flatten()).view(r.code.shape)
-        matched = r.same[:, None] * self.match[:, None, None]
-        return _lookup(self.position, r.distance) + _lookup(self.time, r.age) + matched
+            return table.flatten().index_select(0, p.code.flatten()).view(p.code.shape)
+        matched = p.same[:, None] * self.match[:, None, None]
+        return _lookup(self.position, p.distance) + _lookup(self.time, p.age) + matched
 
 
 def _lookup(table: Tensor, index: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class HstuLayer(nn.Module):
     ) -> Tensor:
         """One residual step of a stream's tokens [B, Q, D], reading the history's keys and values."""
         u, v, q, k = uvqk
-        bias, own = self.bias(r), self.bias.own
+        bias, own = self.bias(r.pairs), self.bias.own
         if isinstance(r.weights, Links):
             mixed = attend_kept(q, *history_kv, (k, v), bias, own, r.weights)
         else:
@@ -113,7 +113,7 @@ class HstuLayer(nn.Module):
         """Share of each history event in a query's attention, mean over heads: [B, Q, N]."""
         assert isinstance(r.weights, Tensor), "shares need the weights of all events"
         _, _, q, k = uvqk
-        return attention_shares(q, history_kv[0], k, self.bias(r), self.bias.own, r.weights).mean(1)
+        return attention_shares(q, history_kv[0], k, self.bias(r.pairs), self.bias.own, r.weights).mean(1)
 
 
 class HstuEncoder(nn.Module):

@@ -14,7 +14,6 @@ Shapes: B rows, N history events, M candidates, D width, H heads, E head width.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import cast
 
 import torch
@@ -29,7 +28,7 @@ from hpgr.model.hstu import KeyValue, RelativeBias
 from hpgr.model.inputs import Inputs
 from hpgr.model.noise import Dropout, Noise, number_sites
 from hpgr.model.pgsa import visible_mask
-from hpgr.model.relation import Relation, relate
+from hpgr.model.relation import Pairs, relate
 from hpgr.schema import SECOND
 
 HISTORY, REAL_TIME, CANDIDATE = 0, 1, 2
@@ -68,14 +67,20 @@ class MtgrBlock(nn.Module):
         return u, v, q, k
 
     def update(
-        self, x: Tensor, uvqk: tuple[Tensor, ...], keys: KeyValue, r: Relation, noise: Noise | None, group: int
+        self,
+        x: Tensor,
+        uvqk: tuple[Tensor, ...],
+        keys: KeyValue,
+        bias: Tensor,
+        weights: Tensor,
+        noise: Noise | None,
+        group: int,
     ) -> Tensor:
-        """One residual step of the tokens [B, Q, D] of a type; `keys` may hold the history twice (both forms)."""
+        """One residual step of the tokens [B, Q, D] of a type. `bias` [B, H, Q, N]; `keys` and `weights` may have the
+        history twice (both forms)."""
         u, v, q, k = uvqk
-        bias = self.bias(r)
-        assert isinstance(r.weights, Tensor)
         bias = bias if keys[0].shape[2] == bias.shape[-1] else torch.cat([bias, bias], -1)
-        mixed = attend(q, *keys, (k, v), bias, self.bias.own, r.weights).transpose(1, 2).flatten(2)
+        mixed = attend(q, *keys, (k, v), bias, self.bias.own, weights).transpose(1, 2).flatten(2)
         return x + self.dropouts[group](self.mlp(self.norm_out(mixed * u, group)), noise)
 
 
@@ -94,29 +99,32 @@ class MtgrClick(TokenClick):
     def _shown(self, x: Inputs, noise: Noise | None) -> Iterator[KeyValue]:
         """Keys and values of each block, [B, H, 2 N, E] each: all events as history, then all as real-time."""
         closed = live = self.events.history(x, noise)
-        closed_sees, live_sees = closed_mask(x), torch.cat(live_masks(x, *self._of_events(x)), -1)
-        relation = self._relation(x, x.h_item, x.h_time, x.h_visible, closed_sees)
-        live_relation = replace(relation, weights=live_sees.to(torch.float32))
+        pairs, sees = self._relation(x, x.h_item, x.h_time, x.h_visible, closed_mask(x))
+        live_sees = torch.cat(live_masks(x, *self._of_events(x)), -1).to(torch.float32)
         blocks = cast("list[MtgrBlock]", self.blocks)
         for i, block in enumerate(blocks):
             own, own_live = block.uvqk(closed, HISTORY), block.uvqk(live, REAL_TIME)
             keys = (torch.cat([own[3], own_live[3]], 2), torch.cat([own[1], own_live[1]], 2))
             yield keys
             if i + 1 < len(blocks):
-                closed = block.update(closed, own, (own[3], own[1]), relation, noise, HISTORY)
-                live = block.update(live, own_live, keys, live_relation, noise, REAL_TIME)
+                bias = block.bias(pairs)
+                closed = block.update(closed, own, (own[3], own[1]), bias, sees, noise, HISTORY)
+                live = block.update(live, own_live, keys, bias, live_sees, noise, REAL_TIME)
 
     def read(self, past: Past, x: Inputs, noise: Noise | None = None, shares: list[Tensor] | None = None) -> Tensor:
         assert shares is None, "attention shares are shown for hstu and hpgr"
         c = self.candidates(x, noise)
         weights = torch.cat(live_masks(x, *self._of_candidates(x)), -1)
-        relation = self._relation(x, x.c_item, x.c_time, x.c_visible, weights)
+        pairs, sees = self._relation(x, x.c_item, x.c_time, x.c_visible, weights)
         for block, (key, value) in zip(cast("list[MtgrBlock]", self.blocks), past.shown, strict=True):
-            c = block.update(c, block.uvqk(c, CANDIDATE), (key, value), relation, noise, CANDIDATE)
+            own = block.uvqk(c, CANDIDATE)
+            c = block.update(c, own, (key, value), block.bias(pairs), sees, noise, CANDIDATE)
         return self.head(c)[..., 0].float()
 
-    def _relation(self, x: Inputs, item: Tensor, time: Tensor, visible: Tensor, weights: Tensor) -> Relation:
-        return relate(x, item, time, visible, weights, self.config, self.window)
+    def _relation(self, x: Inputs, item: Tensor, time: Tensor, visible: Tensor, sees: Tensor) -> tuple[Pairs, Tensor]:
+        relation = relate(x, item, time, visible, sees, self.config, self.window)
+        assert isinstance(relation.weights, Tensor)
+        return relation.pairs, relation.weights
 
     def _of_events(self, x: Inputs) -> tuple[Tensor, Tensor]:
         """Visible events and open session of each history event."""

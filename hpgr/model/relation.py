@@ -32,30 +32,38 @@ class Queries(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Relation:
-    """How queries relate to the history, the same in every layer. All [B, Q, N], or [B, Q, S] for kept keys alone.
+class Pairs:
+    """What the relative bias reads of queries and events, whatever the weights. All [B, Q, N]; of kept keys [B, Q, S].
 
     `distance` counts events back from the last visible one (1); `age` is a time bucket; `same` marks events with
-    the query's item; `weights` are attention weights, 0 where the query must not look, or the kept keys. `kept` is the
-    choice they were made of, in index form, where it was chosen so. `bounds` are heads, distances and ages that there
-    may be.
+    the query's item. `bounds` are heads, distances and ages that there may be.
     """
 
     distance: Tensor
     age: Tensor
     same: Tensor
-    weights: Tensor | Links
-    kept: Kept | None = None
-    bounds: tuple[int, int, int] | None = None
+    bounds: tuple[int, int, int]
 
     @cached_property
     def code(self) -> Tensor:
         """Place of each pair in a table [heads, distances, ages, 2] of biases, flat: [B, H, Q, N] int32."""
-        assert self.bounds is not None
         heads, distances, ages = self.bounds
         code = (self.distance * ages).add_(self.age).mul_(2).add_(self.same).to(torch.int32)
         head = torch.arange(heads, device=code.device, dtype=torch.int32) * (distances * ages * 2)
         return code[:, None] + head[:, None, None]
+
+
+@dataclass(frozen=True)
+class Relation:
+    """How queries relate to the history, the same in every layer.
+
+    `weights` are attention weights [B, Q, N], 0 where the query must not look, or the kept keys. `kept` is the choice
+    they were made of, in index form, where it was chosen so.
+    """
+
+    pairs: Pairs
+    weights: Tensor | Links
+    kept: Kept | None = None
 
 
 def relate(
@@ -70,7 +78,7 @@ def relate(
     distance = (visible[..., None].to(torch.int32) - place).clamp_(0, window)
     age = time_bucket(time[..., None] - x.h_time[:, None, :], config.time_buckets)
     same = item[..., None] == x.h_item[:, None, :]
-    return Relation(distance, age, same, weights.to(torch.float32), bounds=_bounds(config, window))
+    return Relation(Pairs(distance, age, same, _bounds(config, window)), weights.to(torch.float32))
 
 
 def relate_kept(x: Inputs, queries: Queries, kept: Kept, config: Model, window: int, fused: bool = False) -> Relation:
@@ -79,8 +87,8 @@ def relate_kept(x: Inputs, queries: Queries, kept: Kept, config: Model, window: 
     distance = (queries.visible[..., None] - kept.index).clamp(0, window)
     age = time_bucket(queries.time[..., None] - x.h_time[rows, kept.index], config.time_buckets)
     same = queries.item[..., None] == x.h_item[rows, kept.index]
-    links = link(kept, x.h_item.shape[1], config.heads, fused)
-    return Relation(distance, age, same, links, kept, _bounds(config, window))
+    pairs = Pairs(distance, age, same, _bounds(config, window))
+    return Relation(pairs, link(kept, x.h_item.shape[1], config.heads, fused), kept)
 
 
 def _bounds(config: Model, window: int) -> tuple[int, int, int]:

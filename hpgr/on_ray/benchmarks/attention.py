@@ -186,7 +186,7 @@ def one_tile(layer: HstuLayer, vqk: list[Tensor], x: Inputs, tile: slice, model:
     r = relate(past, *queries, visible_mask(queries.visible, upto), model, n)
     assert isinstance(r.weights, Tensor)
     own = k[:, :, tile], v[:, :, tile]
-    return attend(q[:, :, tile], k[:, :, :upto], v[:, :, :upto], own, layer.bias(r), layer.bias.own, r.weights)
+    return attend(q[:, :, tile], k[:, :, :upto], v[:, :, :upto], own, layer.bias(r.pairs), layer.bias.own, r.weights)
 
 
 def turns(case: Case, rounds: int) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:

@@ -86,10 +86,10 @@ def test_relations_equal_the_loop() -> None:
     for b in range(2):
         for m in range(3):
             for j in range(8):
-                assert r.distance[b, m, j] == min(max(int(x.c_visible[b, m]) - j, 0), window)
-                assert r.same[b, m, j] == (x.c_item[b, m] == x.h_item[b, j])
+                assert r.pairs.distance[b, m, j] == min(max(int(x.c_visible[b, m]) - j, 0), window)
+                assert r.pairs.same[b, m, j] == (x.c_item[b, m] == x.h_item[b, j])
                 delta = x.c_time[b, m] - x.h_time[b, j]
-                assert r.age[b, m, j] == time_bucket(delta, config.time_buckets)
+                assert r.pairs.age[b, m, j] == time_bucket(delta, config.time_buckets)
                 assert r.weights[b, m, j] == float(x.h_time[b, j] < x.c_time[b, m])
 
 
@@ -100,23 +100,23 @@ def test_bias_equals_the_loop() -> None:
     bias = RelativeBias(2, window, config.time_buckets)
     torch.nn.init.normal_(bias.match)
     with torch.no_grad():
-        got = bias(r)
+        got = bias(r.pairs)
     for b in range(2):
         for h in range(2):
             for m in range(3):
                 for j in range(8):
-                    expected = bias.position[h, r.distance[b, m, j]] + bias.time[h, r.age[b, m, j]]
-                    expected = expected + bias.match[h] * r.same[b, m, j]
+                    expected = bias.position[h, r.pairs.distance[b, m, j]] + bias.time[h, r.pairs.age[b, m, j]]
+                    expected = expected + bias.match[h] * r.pairs.same[b, m, j]
                     assert float(got[b, h, m, j]) == pytest.approx(float(expected.detach()), abs=1e-6)
 
 
-@pytest.mark.parametrize("cached", [False, True], ids=["whole maps", "kept keys"])
-def test_biases_looked_up_as_sums_are_the_same(cached: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kept", [False, True], ids=["whole maps", "kept keys"])
+def test_biases_looked_up_as_sums_are_the_same(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the bit, so that scores cannot depend on how many pairs a batch has; gradients to rounding."""
     config, window = tiny().model, 5
     x = inputs(random_batch(3, 8, 4, seed=2))
     queries = Queries(x.c_item, x.c_time, x.c_visible)
-    if cached:
+    if kept:
         vectors = torch.randn(3, 4, 6), torch.randn(3, 8, 6)
         r = relate_kept(x, queries, keep(*vectors, x.c_visible, config.pgsa), config, window)
     else:
@@ -126,9 +126,11 @@ def test_biases_looked_up_as_sums_are_the_same(cached: bool, monkeypatch: pytest
     found = {}
     for least in (0.0, float("inf")):
         monkeypatch.setattr(hstu, "SUMS_PAY", least)
-        out = bias(r)
+        out = bias(r.pairs)
         found[least] = out.detach(), torch.autograd.grad((out * torch.arange(out.numel()).view(out.shape)).sum(),
                                                          [bias.position, bias.time, bias.match])  # fmt: skip
+        assert ("code" in vars(r.pairs)) is (least == 0)
+        vars(r.pairs).pop("code", None)
     (sums, of_sums), (apart, of_apart) = found.values()
     assert torch.equal(sums, apart)
     for got, expected in zip(of_sums, of_apart, strict=True):

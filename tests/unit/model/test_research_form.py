@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from hpgr.model.hstu import HstuLayer
 from hpgr.model.pgsa import visible_mask
-from hpgr.model.relation import Relation
+from hpgr.model.relation import Pairs, Relation
 
 B, N, D, H = 3, 16, 8, 2
 
@@ -42,11 +42,12 @@ def test_a_layer_equals_the_published_mathematics() -> None:
     distance = (before[..., None] - place).clamp(0, N)
     age = torch.randint(0, config.time_buckets, (B, N, N))
     same = torch.rand(B, N, N) < 0.2
-    relation = Relation(distance, age, same, visible_mask(before, N).float())
+    bounds = (config.heads, N + 1, config.time_buckets)
+    relation = Relation(Pairs(distance, age, same, bounds), visible_mask(before, N).float())
     with torch.no_grad():
         own = layer.uvqk(x)
         ours = layer.update(x, own, (own[3], own[1]), relation, None, 0)
-        bias = layer.bias(relation)
+        bias = layer.bias(relation.pairs)
         eye = torch.eye(N, dtype=torch.bool)
         bias = torch.where(eye, layer.bias.own[:, None, None], bias)
         theirs = published(layer, x, bias)
@@ -63,7 +64,8 @@ def test_the_platforms_form_is_another_one() -> None:
     torch.nn.init.zeros_(platform.project.bias)
     x, before = torch.randn(B, N, D), torch.arange(N).expand(B, N)
     nothing = torch.zeros(B, N, N, dtype=torch.long)
-    relation = Relation(nothing, nothing, nothing.bool(), visible_mask(before, N).float())
+    bounds = (research.heads, N + 1, research.bias.time.shape[1])
+    relation = Relation(Pairs(nothing, nothing, nothing.bool(), bounds), visible_mask(before, N).float())
     with torch.no_grad():
         outs = []
         for layer in (research, platform):
