@@ -52,14 +52,23 @@ def _module(name: str) -> Any:
 
 
 def lines(figures: dict[str, Any], before: str = "") -> list[str]:
-    """The figures, one a line, ratios first."""
+    """The figures as a small table, ratios first: a line for what belongs together. Settings are in the JSON alone."""
     out = []
     for key, value in figures.items():
-        if isinstance(value, dict):
-            out += lines(value, f"{before}{key}.")
-        else:
-            out.append(f"{before}{key:<40}{value:,.4g}" if isinstance(value, float) else f"{before}{key:<40}{value}")
+        name, inner = before + key, value.values() if isinstance(value, dict) else ()
+        if any(isinstance(v, dict) for v in inner) and key != "settings":
+            out += lines(value, f"{name}.")
+        elif isinstance(value, dict) and value.keys() == {"median", "least", "greatest"}:
+            median, least, greatest = (_shown(value[k]) for k in ("median", "least", "greatest"))
+            out.append(f"{name:<40}{median} ({least} to {greatest})")
+        elif key != "settings":
+            values = [f"{k} {_shown(v)}" for k, v in value.items()] if isinstance(value, dict) else [_shown(value)]
+            out.append(f"{name:<40}{', '.join(values)}")
     return out
+
+
+def _shown(value: Any) -> str:
+    return (f"{value:,.0f}" if value >= 1e4 else f"{value:.4g}") if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

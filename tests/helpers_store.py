@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from random import Random
 from threading import Lock, Thread
+from typing import Any
 
 import boto3
 from moto.server import ThreadedMotoServer
@@ -46,6 +47,12 @@ def environment(endpoint: str) -> dict[str, str]:
     return SECRETS | fixed | {"AWS_ENDPOINT_URL": endpoint}
 
 
+def client(endpoint: str) -> Any:
+    """Of a test itself, past every gate."""
+    return boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", aws_access_key_id="k",
+                        aws_secret_access_key="s")  # fmt: skip
+
+
 @contextmanager
 def store(bucket: str) -> Iterator[str]:
     """A store with an empty bucket for the block; yields its endpoint."""
@@ -53,9 +60,7 @@ def store(bucket: str) -> Iterator[str]:
     server.start()
     try:
         endpoint = "http://{}:{}".format(*server.get_host_and_port())
-        client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1",
-                              aws_access_key_id="k", aws_secret_access_key="s")  # fmt: skip
-        client.create_bucket(Bucket=bucket)
+        client(endpoint).create_bucket(Bucket=bucket)
         yield endpoint
     finally:
         server.stop()

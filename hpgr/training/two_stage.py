@@ -122,9 +122,7 @@ def train(run: Run, worker: Worker, test: bool = True) -> dict[str, Any]:
 
     Without `test` the test split stays unread; a later call with it finds the stages finished and only tests.
     """
-    torch.manual_seed(run.config.seed)
-    torch.use_deterministic_algorithms(worker.device.type == "cpu")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    be_deterministic(run.config.seed, worker.device)
     worker = replace(worker, say=worker.say if distributed.rank() == 0 else lambda _: None)
     items = run.prepared.folder.read_parquet("vocabulary.parquet")
     if run.config.stage2.enabled and run.config.model.sparse and run.config.model.pgsa.impl == "triton":
@@ -138,6 +136,13 @@ def train(run: Run, worker: Worker, test: bool = True) -> dict[str, Any]:
     if run.config.stage2.enabled:
         out |= _clicks(run, worker, stage1, items, out, test)
     return out
+
+
+def be_deterministic(seed: int, device: torch.device) -> None:
+    """From here on the same seed gives the same bits in this process, on a CPU."""
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(device.type == "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _clicks(

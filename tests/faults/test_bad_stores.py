@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import boto3
 import pytest
 from helpers_faults import ROOT, Job, close, outcome, tune, two_stage, wait_for
-from helpers_store import SECRETS, Weather, environment, gate, store
+from helpers_store import SECRETS, Weather, client, environment, gate, store
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 BUCKET = "runs"
@@ -39,12 +38,10 @@ def on_store(folder: Path, where: str, through: str) -> Job:
 
 def fetch(endpoint: str, where: str, folder: Path) -> dict[str, bytes]:
     """All objects below a key, also as files."""
-    client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", aws_access_key_id="k",
-                          aws_secret_access_key="s")  # fmt: skip
-    found = {}
-    for page in client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=f"{where}/"):
+    s3, found = client(endpoint), {}
+    for page in s3.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=f"{where}/"):
         for entry in page.get("Contents", ()):
-            found[entry["Key"]] = client.get_object(Bucket=BUCKET, Key=entry["Key"])["Body"].read()
+            found[entry["Key"]] = s3.get_object(Bucket=BUCKET, Key=entry["Key"])["Body"].read()
     for key, content in found.items():
         path = folder / key.removeprefix(f"{where}/")
         if not key.endswith("/"):
@@ -112,12 +109,12 @@ def test_a_real_log_on_a_store_trains_as_on_a_disk(
 ) -> None:
     """ml-100k: log, prepared log, checkpoints and results; for the epochs that a test has time for."""
     log = Path(shared_data("ml-100k.parquet"))
-    client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", aws_access_key_id="k",
-                          aws_secret_access_key="s")  # fmt: skip
-    client.upload_file(str(log), BUCKET, "real/ml-100k.parquet")
+    client(endpoint).upload_file(str(log), BUCKET, "real/ml-100k.parquet")
     few = ["stage1.epochs=3", "stage2.epochs=2", "checkpoints.every_steps=40"]
-    places = {"disk": (str(log), f"{tmp_path}/disk", {}), "store": (f"s3://{BUCKET}/real/ml-100k.parquet",
-              f"s3://{BUCKET}/real", environment(endpoint))}  # fmt: skip
+    places = {
+        "disk": (str(log), f"{tmp_path}/disk", {}),
+        "store": (f"s3://{BUCKET}/real/ml-100k.parquet", f"s3://{BUCKET}/real", environment(endpoint)),
+    }
     jobs = {}
     for name, (path, home, variables) in places.items():
         values = [*few, f"data.path={path}", f"data.prepared={home}/prepared"]

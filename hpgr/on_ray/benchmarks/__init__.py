@@ -8,14 +8,16 @@ from __future__ import annotations
 import os
 import platform
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from statistics import median
 from typing import Any
 
 import torch
 
 from hpgr.data.preparation import versions
+from hpgr.errors import ConfigError
 
 
 def machine() -> dict[str, Any]:
@@ -27,6 +29,20 @@ def machine() -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 2),
         "versions": versions() | {"torch": torch.__version__},
     }
+
+
+def peers_of(text: str, modules: Mapping[str, str], extra: str) -> list[str]:
+    """The peers that `--peers` names, separated by commas; `modules` are what each is imported as.
+
+    Raises:
+        ConfigError: one is unknown or not installed.
+    """
+    peers = [name for name in text.split(",") if name]
+    for name in peers:
+        if name not in modules or find_spec(modules[name]) is None:
+            raise ConfigError(f"--peers: got {name}, expected an installed one of {', '.join(modules)}; "
+                              f"pip install 'hpgr[{extra}]'")  # fmt: skip
+    return peers
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hpgr.config import validate
-from hpgr.errors import ConfigError
-from hpgr.on_ray.benchmarks import Greatest, machine, spread
+from hpgr.on_ray.benchmarks import Greatest, machine, peers_of, spread
 
 Say = Callable[[str], None]
 ROWS_A_FILE = 1_000_000
@@ -50,10 +48,7 @@ def run(options: argparse.Namespace, say: Say) -> dict[str, Any]:
     Raises:
         ConfigError: a peer is not installed.
     """
-    peers = tuple(name for name in options.peers.split(",") if name)
-    for name in peers:
-        if name not in PEERS or find_spec(name) is None:
-            raise ConfigError(f"--peers: got {name}, expected an installed one of {PEERS}; pip install 'hpgr[peers]'")
+    peers = peers_of(options.peers, dict(zip(PEERS, PEERS, strict=True)), "peers")
     folder = Path(options.keep or tempfile.mkdtemp(prefix="hpgr-benchmark-"))
     sizes = [int(n) for n in options.rows.split(",")]
     try:

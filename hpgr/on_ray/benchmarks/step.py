@@ -18,9 +18,9 @@ import logging
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,12 @@ import torch
 
 from hpgr.artifacts import Folder
 from hpgr.config import Config, load_config
-from hpgr.data.preparation import Prepared, in_process, prepare
+from hpgr.data.preparation import in_process, prepare
 from hpgr.data.stream import LocalSource, build_index
-from hpgr.errors import ConfigError
-from hpgr.on_ray.benchmarks import machine, spread
+from hpgr.on_ray.benchmarks import machine, peers_of, spread
 from hpgr.on_ray.session import ROOT
 from hpgr.training.loop import fit
-from hpgr.training.two_stage import INDEXES, Run, Worker, item_stage, loop_context
+from hpgr.training.two_stage import Run, Worker, be_deterministic, item_stage, loop_context
 
 Say = Callable[[str], None]
 Epoch = Callable[[], tuple[int, float]]
@@ -66,11 +65,7 @@ def run(options: argparse.Namespace, say: Say) -> dict[str, Any]:
     Raises:
         ConfigError: a peer is not installed.
     """
-    peers = [name for name in options.peers.split(",") if name]
-    for name in peers:
-        if name not in PEERS or find_spec(PEERS[name]) is None:
-            raise ConfigError(f"--peers: got {name}, expected an installed one of {', '.join(PEERS)}; "
-                              "pip install 'hpgr[step-peers]'")  # fmt: skip
+    peers = peers_of(options.peers, PEERS, "step-peers")
     rates: dict[str, list[float]] = {way: [] for way in ("hpgr", *peers)}
     events = {}
     with tempfile.TemporaryDirectory(prefix="hpgr-benchmark-") as folder:
@@ -114,34 +109,22 @@ def small_log(options: argparse.Namespace, folder: Path) -> tuple[Config, pd.Dat
 
 def hpgr(config: Config, folder: Path, device: str) -> Epoch:
     """Stage 1 as a job trains it, without Ray: steps with their data, not validation."""
-    prepared: Prepared = prepare(config, in_process, lambda _: None)
-    for name in INDEXES:
-        build_index(prepared, config, Folder(str(folder / "run")).sub("index"), name, in_process)
-    turns = iter(range(1 << 30))
+    prepared, index = prepare(config, in_process, _nothing), Folder(str(folder / "index"))
+    for name in ("masked", "next_item-validation"):
+        build_index(prepared, config, index, name, in_process)
+    turns = count()
 
     def epoch() -> tuple[int, float]:
-        place = Run(
-            config, Folder(str(folder / f"run/{next(turns)}")), prepared, index=Folder(str(folder / "run/index"))
-        )
+        """From new weights, in a folder of its own."""
+        place = Run(config, Folder(str(folder / f"run-{next(turns)}")), prepared, index=index)
         silent = Worker(LocalSource(), torch.device(device), _nothing, _nothing, _nothing)
-        torch.manual_seed(config.seed)
+        be_deterministic(config.seed, silent.device)
         stage = item_stage(place, prepared.folder.read_parquet("vocabulary.parquet"))
-        with deterministic(device == "cpu"):
-            progress = fit(stage, loop_context(place, silent, place.folder))
+        progress = fit(stage, loop_context(place, silent, place.folder))
+        torch.use_deterministic_algorithms(False)  # the peers do not
         return int(stage.stream.windows().tokens.sum()), progress.seconds
 
     return epoch
-
-
-@contextlib.contextmanager
-def deterministic(on: bool) -> Iterator[None]:
-    """As a job trains; the peers do not."""
-    torch.use_deterministic_algorithms(on)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def rectools(config: Config, log: pd.DataFrame, device: str) -> Epoch:
@@ -175,6 +158,7 @@ def rectools(config: Config, log: pd.DataFrame, device: str) -> Epoch:
     events = int(np.minimum(log.groupby("user_id").size() - 1, window).sum())
 
     def epoch() -> tuple[int, float]:
+        """One more epoch of the same model."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             peer.fit_partial(dataset, min_epochs=1, max_epochs=1)
@@ -210,6 +194,7 @@ def rechub(config: Config, log: pd.DataFrame, device: str) -> Epoch:
     events = int((token[:, :-1] > 0).sum())
 
     def epoch() -> tuple[int, float]:
+        """One more epoch of the same model."""
         start = time.perf_counter()
         with contextlib.redirect_stderr(io.StringIO()):
             trainer.train_one_epoch(loader)
