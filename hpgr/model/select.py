@@ -19,10 +19,11 @@ from torch.nn import functional as F
 
 from hpgr.model.pgsa import LOWEST, gaussian_level, sortable, sortable_at
 
-TILE, TILE_QUERIES = 1 << 17, 64
-"""Most relevances alive at once (1 MB in float64: what a core's cache can hold), or so many queries of one history."""
-TILE_ON_GPU = 1 << 19
-"""The same where launches cost more than memory [D]; not measured."""
+TILE = 1 << 19
+"""Most relevances alive at once (4 MB in float64)..."""
+TILE_WHOLE = 1 << 17
+"""... and of histories that are searched whole on a CPU, where each is read and written often: what stays in a core's
+own cache. Both measured on two cores."""
 BLOCK = 16
 """Events of a block; histories of fewer than two blocks an anchor are searched whole."""
 FAR = 1 << 40
@@ -97,8 +98,8 @@ def select_anchors_in_tiles(query: Tensor, key: Tensor, visible: Tensor, top_k: 
 def _anchor_tiles(query: Tensor, key: Tensor, visible: Tensor, top_k: int) -> Iterator[tuple[slice, Tensor]]:
     """Queries of a tile and their anchors [B, T, <= K], -FAR where there are fewer."""
     rows, n = len(key), key.shape[1]
-    tile_size = TILE if key.device.type == "cpu" else TILE_ON_GPU
-    size = max(1, max(tile_size, TILE_QUERIES * n) // max(1, rows * n))
+    most = TILE_WHOLE if _searched_whole(n, top_k) and key.device.type == "cpu" else TILE
+    size = max(1, most // max(1, rows * n))
     key64 = key.double().transpose(1, 2)
     seen = visible.amax(0)
     for first in range(0, query.shape[1], size):
@@ -109,10 +110,14 @@ def _anchor_tiles(query: Tensor, key: Tensor, visible: Tensor, top_k: int) -> It
         yield tile, _best(relevance, visible[:, tile], top_k)
 
 
+def _searched_whole(n: int, top_k: int) -> bool:
+    return n < 2 * BLOCK * top_k
+
+
 def _best(relevance: Tensor, visible: Tensor, top_k: int) -> Tensor:
     """Positions of the top K of [B, T, N] relevances among the visible, -FAR where there are fewer: [B, T, <= K]."""
     n = relevance.shape[-1]
-    if n < 2 * BLOCK * top_k:
+    if _searched_whole(n, top_k):
         ranked = sortable(relevance, visible)
         best = ranked.topk(min(top_k, n), dim=-1, sorted=False).values
         return _places(best)

@@ -46,8 +46,8 @@ def choices(draw: st.DrawFn, most: int = 90) -> tuple[Tensor, Tensor, Tensor, in
 
 @pytest.fixture(params=[select.TILE, 64], ids=["one tile", "many tiles"])
 def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select, "TILE", request.param)
-    monkeypatch.setattr(select, "TILE_QUERIES", 1)
+    for name in ("TILE", "TILE_WHOLE"):
+        monkeypatch.setattr(select, name, request.param)
 
 
 @pytest.mark.usefixtures("tile")
