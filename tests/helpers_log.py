@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 
 from hpgr.data.preparation import Prepared
-from hpgr.schema import TEST, TRAIN, VALIDATION
+from hpgr.schema import TEST, TRAIN, VALIDATION, Batch
 
 T = 1_600_000_000
 US = 1_000_000
@@ -45,6 +46,28 @@ def content(prepared: Prepared) -> list[bytes]:
     return [prepared.folder.read(name) for name in names]
 
 
+def quarantined(prepared: Prepared) -> list[tuple[int, str]]:
+    """(row, reason) of every quarantined row, in file order."""
+    tables = [prepared.folder.read_parquet(f"quarantine/{n}") for n in prepared.folder.entries("quarantine")]
+    rows = [row for table in tables for row in table.to_pylist()]
+    assert all(row["file"] and row["values"] for row in rows)
+    return sorted((row["row"], row["reason"]) for row in rows)
+
+
+def check_account(prepared: Prepared, rows_in: int, bad: list[tuple[int, str]], duplicates: int = 0) -> None:
+    """Every input row is kept, quarantined or a duplicate, and the quarantine holds the rows and reasons."""
+    account = prepared.manifest["account"]
+    assert (account["rows_in"], account["quarantined"], account["duplicates"]) == (rows_in, len(bad), duplicates)
+    assert account["rows_in"] == account["kept"] + account["quarantined"] + account["duplicates"]
+    assert quarantined(prepared) == sorted(bad)
+    reasons = [reason for _, reason in bad]
+    assert account["reasons"] == {reason: reasons.count(reason) for reason in sorted(set(reasons))}
+    events = sum(
+        len(row) for b in range(prepared.buckets) for row in prepared.timelines(b).column("h_item").to_pylist()
+    )
+    assert events == account["history_events"] == account["kept"]
+
+
 def one_user(n: int, user: str = "a", start: int = 0) -> list[dict[str, Any]]:
     """n impressions a second apart, clicked in turn."""
     return [{"user_id": user, "item_id": f"i{k % 3}", "timestamp": T + start + k, "clicked": k % 2} for k in range(n)]
@@ -77,3 +100,13 @@ BUSY = {
 
 def permuted(rows: dict[str, list[Any]], order: Any) -> dict[str, list[Any]]:
     return {name: [values[i] for i in order] for name, values in rows.items()}
+
+
+def same(a: Batch, b: Batch) -> bool:
+    """Equal to the bit."""
+    return all(
+        a.user.equals(b.user)
+        if f.name == "user"
+        else np.array_equal(getattr(a, f.name), getattr(b, f.name), equal_nan=f.name.endswith("num"))
+        for f in fields(Batch)
+    )
