@@ -77,7 +77,7 @@ def _encode(bucket: int, data: Data, folder: Folder) -> dict[str, Any]:
     table, vocabulary = ordered_rows(bucket, folder), Prepared(folder, {}).vocabulary()
     _, account = training_rows(table, data, ALL_HELD_OUT)
     prepared = encode(table, vocabulary, data, ALL_HELD_OUT)
-    folder.write_parquet(f"timelines/bucket-{bucket:05d}.parquet", prepared)
+    folder.write_parquet(f"timelines/bucket-{bucket:05d}.parquet", prepared, dictionary=False)
     unknown = int((Timelines.from_table(prepared).h_item < vocabulary.first_item).sum())
     return account | {"timelines": prepared.num_rows, "unknown_items": unknown}
 

@@ -19,15 +19,35 @@ def order_rows(table: pa.Table) -> tuple[pa.Table, int]:
     """Sort one bucket's canonical rows and drop exact duplicates; returns the table and how many were dropped."""
     if not table.num_rows:
         return table, 0
-    keys = [rank_users(table)]
-    keys += [table.column(name).to_numpy() for name in (TIME, ORDER, ITEM_HASH, CONTENT)]
-    rank = np.lexsort(keys[::-1])
-    same = np.ones(len(rank), bool)
-    same[0] = False
-    for key in keys:
-        ordered = key[rank]
-        same[1:] &= ordered[1:] == ordered[:-1]
+    key = moments(rank_users(table), table.column(TIME).to_numpy())
+    others = [table.column(name).to_numpy() for name in (ORDER, ITEM_HASH, CONTENT)]
+    rank = np.argsort(key)
+    same = np.zeros(len(rank), bool)
+    same[1:] = key[rank[1:]] == key[rank[:-1]]
+    tied = np.flatnonzero(same | np.append(same[1:], False))
+    if len(tied):  # few rows of most logs share their user's moment; the other keys need sort those alone
+        rows, moment = rank[tied], np.cumsum(~same)[tied]
+        rank[tied] = rows[np.lexsort((rows, *(column[rows] for column in reversed(others)), moment))]
+        later = np.flatnonzero(same)
+        for column in others:
+            later = later[column[rank[later]] == column[rank[later - 1]]]
+        same[:] = False
+        same[later] = True
     return table.take(pa.array(rank[~same])), int(same.sum())
+
+
+def moments(user: Ints, time: Ints) -> Ints:
+    """One integer a row in the order of (user, time), users counted from 0: [rows].
+
+    It sorts several times as fast as two keys. Times too far apart to leave users their bits are ranked first.
+    """
+    if not len(time):
+        return np.zeros(0, np.int64)
+    first, last = int(time.min()), int(time.max())
+    if (int(user.max()) + 1) * (last - first + 1) >= 2**63:
+        time = np.unique(time, return_inverse=True)[1]
+        first, last = 0, int(time.max())
+    return user * (last - first + 1) + (time - first)
 
 
 def rank_users(table: pa.Table) -> Ints:

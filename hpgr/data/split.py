@@ -96,8 +96,8 @@ def date_cut_offs(split: Split) -> CutOffs:
 
 def histogram(times: Ints, unit: int) -> dict[int, int]:
     """Impressions a unit of time (HOUR or SECOND): {start // unit: count}."""
-    units, counts = np.unique(times // unit, return_counts=True)
-    return dict(zip(units.tolist(), counts.tolist(), strict=True))
+    units, counts = pa.array(times // unit).value_counts().flatten()
+    return dict(zip(units.to_pylist(), counts.to_pylist(), strict=True))
 
 
 def locate(counts: dict[int, int], share: float) -> tuple[int, float]:

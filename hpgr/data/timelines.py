@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from hpgr.config import Data, Feature
-from hpgr.data.ordering import run_starts, user_codes
+from hpgr.data.ordering import moments, run_starts, user_codes
 from hpgr.data.split import CutOffs, Targets, assign, targets_of, train_ends
 from hpgr.data.validation import ITEM_HASH, USER_HASH
 from hpgr.data.vocabulary import Vocabulary, actions
@@ -63,7 +63,7 @@ def _account(table: pa.Table, targets: Targets, split: Array, used: Array, users
         "positives": [int(label[split == s].sum()) for s in range(3)],
         "history_events": int(_flags(table, IN_HISTORY).sum()),
         "unused": int((~used).sum()),
-        "users": len(np.unique(users[used])),
+        "users": int(np.count_nonzero(np.bincount(users[used]))),
         "first_time": int(time.min(initial=np.iinfo(np.int64).max)),
         "last_time": int(time.max(initial=np.iinfo(np.int64).min)),
     }
@@ -82,7 +82,8 @@ def encode(table: pa.Table, vocabulary: Vocabulary, data: Data, cuts: CutOffs | 
     h_start = offsets_of(h_counts)[:-1]
 
     encoded_items = vocabulary.item_indices(table.column(ITEM).combine_chunks(), table.column(ITEM_HASH).to_numpy())
-    encoded_actions = vocabulary.category_indices("action", actions(table))
+    action = actions(table)
+    encoded_actions = vocabulary.category_indices("action", action.dictionary)[action.indices.to_numpy()]
     own = run_starts(targets.user, targets.time, np.where(targets.request == 0, targets.row, targets.request))
     columns: dict[str, Array] = {
         "h_item": encoded_items[history],
@@ -108,11 +109,8 @@ def events_before(h_user: Ints, h_time: Ints, t_user: Ints, t_time: Ints) -> Int
 
     Histories must be ordered by (user, time); moments need not be.
     """
-    h_start = np.searchsorted(h_user, t_user)
-    ranks = np.unique(np.concatenate([h_time, t_time]), return_inverse=True)[1].astype(np.int64)
-    span = len(h_time) + len(t_time) + 1
-    h_key, t_key = h_user * span + ranks[: len(h_time)], t_user * span + ranks[len(h_time) :]
-    return np.searchsorted(h_key, t_key, side="left") - h_start
+    key = moments(np.concatenate([h_user, t_user]), np.concatenate([h_time, t_time]))
+    return np.searchsorted(key[: len(h_user)], key[len(h_user) :]) - np.searchsorted(h_user, t_user)
 
 
 def _flags(table: pa.Table, name: str) -> Array:

@@ -24,11 +24,16 @@ MISSING, UNKNOWN = 0, 1
 """Category index of a null and of a value unseen in training; known values follow."""
 
 
-def actions(table: pa.Table) -> pa.Array:
-    """Action text of each row: the mapped action and the label, whichever there are: [rows]."""
-    label = pc.if_else(pc.is_valid(table.column(LABEL)), pc.cast(table.column(LABEL), pa.string()), "")
-    action = pc.fill_null(table.column(ACTION), "")
-    return pc.binary_join_element_wise(action, label, "|").combine_chunks()
+def actions(table: pa.Table) -> pa.DictionaryArray:
+    """Action text of each row: the mapped action and the label, whichever there are: [rows]. Spelled once a kind."""
+    action = pc.fill_null(table.column(ACTION), "").combine_chunks().dictionary_encode()
+    label = pc.fill_null(table.column(LABEL), -1).to_numpy().astype(np.int32) + 1
+    labels = pa.array(["", "0", "1"])
+    kind = np.arange(len(action.dictionary) * len(labels), dtype=np.int32)
+    words = pc.binary_join_element_wise(
+        action.dictionary.take(pa.array(kind // len(labels))), labels.take(pa.array(kind % len(labels))), "|"
+    )
+    return pa.DictionaryArray.from_arrays(pa.array(action.indices.to_numpy() * np.int32(len(labels)) + label), words)
 
 
 def count(table: pa.Table, training: npt.NDArray[np.bool_], data: Data) -> pa.Table:
@@ -71,7 +76,7 @@ def _count_items(rows: pa.Table) -> pa.Table:
 def _count_values(field: str, values: Any) -> pa.Table:
     grouped = pa.table({"value": values}).group_by("value").aggregate([([], "count_all")])
     grouped = grouped.filter(pc.is_valid(grouped.column("value")))
-    return _frame(field, grouped.column("value"), grouped.column("count_all"))
+    return _frame(field, grouped.column("value").cast(pa.string()), grouped.column("count_all"))
 
 
 def _frame(field: str, value: Any, counts: Any, **more: Any) -> pa.Table:
