@@ -212,17 +212,18 @@ class Network:
     """Hosts with addresses of their own, each in a network namespace, on one bridge; links can be cut and healed."""
 
     name: str
+    net: str
     hosts: int = 0
 
     @property
     def address(self) -> str:
         """This machine's on the bridge."""
-        return "10.213.7.1"
+        return f"{self.net}.1"
 
     def host(self) -> tuple[str, list[str]]:
         """One more host: its address, and what runs a command on it."""
         self.hosts += 1
-        space, link, address = f"{self.name}-{self.hosts}", f"{self.name}v{self.hosts}", f"10.213.7.{self.hosts + 1}"
+        space, link, address = f"{self.name}-{self.hosts}", f"{self.name}v{self.hosts}", f"{self.net}.{self.hosts + 1}"
         for words in (
             f"netns add {space}", f"link add {link} type veth peer name eth0 netns {space}",
             f"link set {link} master {self.name} up", f"-n {space} link set lo up", f"-n {space} link set eth0 up",
@@ -246,14 +247,18 @@ def _ip(words: str) -> None:
 @contextmanager
 def network() -> Iterator[Network]:
     """For the block. Raises CalledProcessError or OSError where this machine may not make one."""
-    made = Network(f"hp{secrets.token_hex(3)}")
+    # Another net each time: what a killed run left of its own must not answer for this one's.
+    made = Network(f"hp{secrets.token_hex(3)}", f"10.213.{secrets.randbelow(256)}")
     try:
         for words in (f"link add {made.name} type bridge", f"addr add {made.address}/24 dev {made.name}",
                       f"link set {made.name} up"):  # fmt: skip
             _ip(words)
         yield made
     finally:
-        for words in [*(f"netns del {made.name}-{n + 1}" for n in range(made.hosts)), f"link del {made.name}"]:
+        hosts = range(1, made.hosts + 1)
+        # A host lives on while a process of it does; its link need not.
+        for words in [*(f"link del {made.name}v{n}" for n in hosts), *(f"netns del {made.name}-{n}" for n in hosts),
+                      f"link del {made.name}"]:  # fmt: skip
             with suppress(subprocess.CalledProcessError, OSError):
                 _ip(words)
 

@@ -7,20 +7,24 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers_faults import (
     Job,
+    Network,
     Raylets,
     batch_score,
     close,
     network,
     outcome,
+    prepare,
     ray_workers,
     raylets,
+    tune,
     two_stage,
     wait_for,
 )
@@ -28,6 +32,8 @@ from helpers_faults import (
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 ON_A_WORKER = ["resources.workers=1", "resources.cpus_per_worker=0.5"]
 TRAINER = "ray::RayTrainWorker"
+GIVEN_UP_SECONDS = 20.0
+"""After so long Ray has given up a silent node of `raylets` and begun its work elsewhere (see `Raylets._start`)."""
 
 
 @pytest.fixture(scope="module")
@@ -113,46 +119,66 @@ def test_a_node_dies_while_scoring(alone: Job, scored: Any, cluster: Raylets, tm
     assert outcome(job) == scored
 
 
-def returns_while_another_trains(
-    cluster: Raylets, job: Job, lose: Callable[[int], None], back: Callable[[int], None]
-) -> None:
-    """A node is lost with the trainer alive on it, and comes back once the job works elsewhere or has ended."""
-    with in_stage_2(job) as process:
-        node = wait_for(lambda: cluster.at_work(TRAINER), 200, process)[0]
-        lose(node)
-        wait_for(lambda: process.poll() is not None or set(cluster.at_work(TRAINER)) - {node}, 200)
-        back(node)
-        end(job, process)
+@dataclass(frozen=True)
+class Task:
+    """A job, what its worker processes are called, and what there is once it is in the middle of its work."""
+
+    make: Callable[[Path], Job]
+    worker: str
+    middle: str
 
 
-@pytest.mark.faults
-def test_a_paused_node_wakes_after_it_was_given_up(alone: Job, cluster: Raylets, tmp_path: Path) -> None:
-    job = two_stage(tmp_path, *ON_A_WORKER, **cluster.environment)
-
-    def pause(node: int) -> None:
-        cluster.signal(node, signal.SIGSTOP)
-
-    def wake(node: int) -> None:
-        cluster.signal(node, signal.SIGCONT)
-
-    returns_while_another_trains(cluster, job, pause, wake)
-    assert close(outcome(job), outcome(alone))
+def task(kind: str, alone: Job, environment: dict[str, str]) -> Task:
+    return {
+        "two_stage": Task(lambda f: two_stage(f, *ON_A_WORKER, **environment), TRAINER,
+                          "run/stage2/checkpoints/*/checksums.json"),
+        "batch_score": Task(lambda f: batch_score(f, alone.folder, **environment), "ray::MapWorker",
+                            "scores/_commits/*.json"),
+        "prepare": Task(lambda f: prepare(f, "data.synthetic.users=3000", **environment), "ray::ReadRange",
+                        "prepared/*/staging/*"),
+        "tune": Task(lambda f: tune(f, **environment), "ray::ImplicitFunc", "run/trials/*/stage2/checkpoints/*"),
+    }[kind]  # fmt: skip
 
 
-@pytest.mark.faults
-def test_a_node_is_cut_off_and_its_link_healed(
-    alone: Job, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
-) -> None:
+@contextmanager
+def two_hosts(folder: Path) -> Iterator[tuple[Raylets, Network]]:
+    """A head that does not work, and two nodes on hosts of their own."""
     with ExitStack() as stack:
         try:
             wires = stack.enter_context(network())
             hosts = [wires.host() for _ in range(2)]
         except (subprocess.CalledProcessError, OSError) as error:
             pytest.skip(f"network namespaces cannot be made here: {error}")
-        folder = tmp_path_factory.mktemp("ray")
         cluster = stack.enter_context(raylets(folder, nodes=0, head_cpus=0, host=wires.address))
         for host, within in hosts:
             cluster.add(1, host, within)
-        job = two_stage(tmp_path, *ON_A_WORKER, **cluster.environment)
-        returns_while_another_trains(cluster, job, wires.cut, wires.heal)
-    assert close(outcome(job), outcome(alone))
+        yield cluster, wires
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("loss", ["paused", "cut off"])
+@pytest.mark.parametrize("kind", ["prepare", "two_stage", "tune", "batch_score"])
+def test_a_lost_node_comes_back_while_another_works(
+    kind: str, loss: str, alone: Job, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Its processes live on, and write what they still had once they can."""
+    undisturbed = task(kind, alone, {}).make(tmp_path / "undisturbed")
+    undisturbed.finish()
+    with two_hosts(tmp_path_factory.mktemp("ray")) as (cluster, wires):
+        doing = task(kind, alone, cluster.environment)
+        job = doing.make(tmp_path / "lost")
+        with job.started() as process:
+            wait_for(lambda: list(job.cwd.glob(doing.middle)), 300, process)
+            node = wait_for(lambda: cluster.at_work(doing.worker), 200, process)[0]
+            if loss == "paused":
+                cluster.signal(node, signal.SIGSTOP)
+            else:
+                wires.cut(node)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(GIVEN_UP_SECONDS)
+            if loss == "paused":
+                cluster.signal(node, signal.SIGCONT)
+            else:
+                wires.heal(node)
+            end(job, process)
+    assert close(outcome(job), outcome(undisturbed))
