@@ -7,6 +7,7 @@ import atexit
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -19,9 +20,10 @@ os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 os.environ.setdefault("TUNE_FORCE_TRIAL_CLEANUP_S", "5")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 
-if "RAY_ADDRESS" not in os.environ and "RAY_AUTH_MODE" not in os.environ:
-    # A local Ray gets a token of its own, read when Ray is imported. Left to itself Ray keeps one in the home folder,
-    # and a later `ray start --head` would ask every `ray job submit` for it.
+if not {"RAY_ADDRESS", "RAY_AUTH_MODE"} & set(os.environ) and "ray" not in sys.modules:
+    # A local Ray gets a token of its own, read when Ray is imported; too late where it was before, and Ray does as it
+    # likes. Left to itself Ray keeps one in the home folder, and a later `ray start --head` would ask every
+    # `ray job submit` for it.
     _token = Path(tempfile.mkdtemp(prefix="hpgr-ray-")) / "token"
     _token.write_text(secrets.token_hex(32))
     atexit.register(shutil.rmtree, _token.parent, ignore_errors=True)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import ray
 import ray.data
+from ray.data import DataContext
 from ray.exceptions import RayError
 
 import hpgr.errors
@@ -52,7 +53,9 @@ class RayExecute:
             HpgrError: of the kind that the function raised on any item.
         """
         start = spoken = time.monotonic()
-        rows = ray.data.range(len(items), override_num_blocks=len(items)).map(_Call(function, items), num_cpus=1)
+        with DataContext.current(unbudgeted(DataContext.get_current().copy())):
+            numbers = ray.data.range(len(items), override_num_blocks=len(items))
+        rows = numbers.map(_Call(function, items), num_cpus=1)
         results: dict[int, Any] = {}
         try:
             for row in rows.iter_rows():
@@ -65,6 +68,16 @@ class RayExecute:
         except RayError as error:
             raise HpgrError(f"{name}: a task failed: {cause(error)}") from error
         return [results[i] for i in range(len(items))]
+
+
+def unbudgeted(context: DataContext) -> DataContext:
+    """Pipelines of this context start tasks as fast as the cluster takes them; for those of bounded output.
+
+    Ray Data holds operators to budgets of what it knows of the cluster, which is nothing for the first one or two
+    seconds of every run (Ray 2.60): until then it runs one task at a time.
+    """
+    context.op_resource_reservation_enabled = False
+    return context
 
 
 def cause(error: BaseException) -> str:

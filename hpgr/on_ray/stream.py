@@ -22,6 +22,7 @@ import ray
 import ray.data
 
 from hpgr.data.stream import Item, Step, StreamSpec, items_of, produce, step_of
+from hpgr.on_ray.parallel import unbudgeted
 from hpgr.on_ray.session import quieten
 
 FIRST_CHUNK = 8
@@ -74,7 +75,7 @@ class RaySource:
         if not pieces:
             return []
         quieten()
-        ray.data.DataContext.get_current().execution_options.preserve_order = True
+        unbudgeted(ray.data.DataContext.get_current()).execution_options.preserve_order = True
         data = ray.data.from_items([piece._asdict() for piece in pieces], override_num_blocks=len(pieces))
         make = partial(_produce, spec=spec, rank=self.rank, world=self.world)
         return data.map_batches(

@@ -4,7 +4,8 @@ The peers read the files, order all rows by user and time, number each user's se
 starts one) and write one Parquet file: the core of what preparing a log does. `prepare` also validates every row, drops
 exact duplicates, breaks ties by content, splits, counts and encodes a vocabulary, and checks that no row is lost; none
 of that is taken off its time. Each way runs in a process of its own; the ways take turns. Peak memory is the sum of the
-proportional shares (PSS) of the way's processes, less what Ray itself holds before the log is touched.
+proportional shares (PSS) of the way's processes, less what Ray itself holds before the log is touched; to look at it
+slows what is looked at, so it has a turn of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ Say = Callable[[str], None]
 ROWS_A_FILE = 1_000_000
 GAP_SECONDS = 1800
 PEERS = ("duckdb", "polars")
+Measure = Callable[[Callable[[], Any]], float]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,40 +55,49 @@ def run(options: argparse.Namespace, say: Say) -> dict[str, Any]:
     folder = Path(options.keep or tempfile.mkdtemp(prefix="hpgr-benchmark-"))
     sizes = [int(n) for n in options.rows.split(",")]
     try:
-        measured = {str(rows): turns(folder, rows, ("prepare", *peers), options.rounds, say) for rows in sizes}
+        found = {str(rows): turns(folder, rows, ("prepare", *peers), options.rounds, say) for rows in sizes}
     finally:
         if not options.keep:
             shutil.rmtree(folder, ignore_errors=True)
-    rates = {rows: {way: spread([int(rows) / s for s, _ in runs]) for way, runs in ways.items()}
-             for rows, ways in measured.items()}  # fmt: skip
+    rates = {rows: {way: spread([int(rows) / s for s in measured.seconds]) for way, measured in ways.items()}
+             for rows, ways in found.items()}  # fmt: skip
     return {
         "ratios": {f"over_{peer}": {rows: ways["prepare"]["median"] / ways[peer]["median"]
                                     for rows, ways in rates.items()} for peer in peers},
         "rows_per_second": rates,
-        "peak_mb": {rows: {way: max(mb for _, mb in runs) for way, runs in ways.items()}
-                    for rows, ways in measured.items()},
+        "peak_mb": {rows: {way: measured.peak_mb for way, measured in ways.items()} for rows, ways in found.items()},
         "settings": {"rounds": options.rounds, "session_gap_seconds": GAP_SECONDS},
         "machine": machine(),
     }  # fmt: skip
 
 
-def turns(
-    folder: Path, rows: int, ways: tuple[str, ...], rounds: int, say: Say
-) -> dict[str, list[tuple[float, float]]]:
-    """Seconds and peak megabytes of every turn of every way."""
+@dataclass
+class Turns:
+    """What was measured of one way."""
+
+    seconds: list[float] = field(default_factory=list)
+    peak_mb: float = 0.0
+
+
+def turns(folder: Path, rows: int, ways: tuple[str, ...], rounds: int, say: Say) -> dict[str, Turns]:
+    """Seconds of every way in every turn, and its peak megabytes."""
     log = folder / f"log-{rows}"
     write_log(log, rows, say)
-    out: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
-    for _ in range(rounds):
+    out = {way: Turns() for way in ways}
+    for turn in range(rounds + 1):
         for way in ways:
             target = folder / f"out-{way}"
             shutil.rmtree(target, ignore_errors=True)
             context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(1, mp_context=context) as pool:
-                seconds, peak = pool.submit(measure, way, str(log), str(target)).result()
+                found = pool.submit(measure, way, str(log), str(target), turn == rounds).result()
             shutil.rmtree(target, ignore_errors=True)
-            out[way].append((seconds, peak))
-            say(f"prepare: {rows:,} rows, {way}: {seconds:.1f} s, {rows / seconds:,.0f} rows/s, {peak:,.0f} MB")
+            if turn == rounds:
+                out[way].peak_mb = found
+                say(f"prepare: {rows:,} rows, {way}: {found:,.0f} MB")
+            else:
+                out[way].seconds.append(found)
+                say(f"prepare: {rows:,} rows, {way}: {found:.1f} s, {rows / found:,.0f} rows/s")
     return out
 
 
@@ -109,22 +121,27 @@ def write_log(log: Path, rows: int, say: Say) -> None:
     (log / "_SUCCESS").touch()
 
 
-def measure(way: str, log: str, target: str) -> tuple[float, float]:
-    """Seconds and peak megabytes of one way, in this process and its children."""
-    return {"prepare": _prepare, "duckdb": _duckdb, "polars": _polars}[way](log, target)
+def measure(way: str, log: str, target: str, memory: bool) -> float:
+    """Seconds, or peak megabytes, of one way in this process and its children."""
+    return {"prepare": _prepare, "duckdb": _duckdb, "polars": _polars}[way](log, target, most_held if memory else timed)
 
 
-def timed(work: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds of some work, and the most megabytes beyond what was held before."""
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds of some work."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def most_held(work: Callable[[], Any]) -> float:
+    """The most megabytes that some work holds beyond what was held before."""
     before = held()
     with Greatest(held) as memory:
-        start = time.perf_counter()
         work()
-        seconds = time.perf_counter() - start
-    return seconds, max(0.0, memory.value - before)
+    return max(0.0, memory.value - before)
 
 
-def _prepare(log: str, target: str) -> tuple[float, float]:
+def _prepare(log: str, target: str, measured: Measure) -> float:
     from hpgr.data.preparation import prepare
     from hpgr.on_ray.parallel import RayExecute
     from hpgr.on_ray.session import session
@@ -137,14 +154,14 @@ def _prepare(log: str, target: str) -> tuple[float, float]:
 
     with session(quiet):
         RayExecute(quiet)("warm up", _nothing, range(os.cpu_count() or 1))
-        return timed(lambda: prepare(config, RayExecute(quiet), quiet))
+        return measured(lambda: prepare(config, RayExecute(quiet), quiet))
 
 
 def _nothing(number: int) -> int:
     return number
 
 
-def _duckdb(log: str, target: str) -> tuple[float, float]:
+def _duckdb(log: str, target: str, measured: Measure) -> float:
     import duckdb
 
     Path(target).mkdir(parents=True)
@@ -159,10 +176,10 @@ def _duckdb(log: str, target: str) -> tuple[float, float]:
     """
     with duckdb.connect() as connection:
         connection.execute(f"SET threads = {os.cpu_count()}; SET temp_directory = '{target}/spill'")
-        return timed(lambda: connection.execute(query))
+        return measured(lambda: connection.execute(query))
 
 
-def _polars(log: str, target: str) -> tuple[float, float]:
+def _polars(log: str, target: str, measured: Measure) -> float:
     os.environ["POLARS_MAX_THREADS"] = str(os.cpu_count())
     import polars as pl
 
@@ -170,7 +187,7 @@ def _polars(log: str, target: str) -> tuple[float, float]:
     gap = pl.col("timestamp").diff().over("user_id").fill_null(0) > GAP_SECONDS
     table = pl.scan_parquet(f"{log}/*.parquet").sort("user_id", "timestamp", maintain_order=True)
     numbered = table.with_columns(gap.cast(pl.Int32).cum_sum().over("user_id").alias("session"))
-    return timed(lambda: numbered.sink_parquet(f"{target}/out.parquet"))
+    return measured(lambda: numbered.sink_parquet(f"{target}/out.parquet"))
 
 
 def held() -> float:
