@@ -157,4 +157,5 @@ def _to_lists(users: dict[str, Any], columns: dict[str, Array], h_counts: Ints, 
         lengths = (h_counts if field.name.startswith("h_") else t_counts) * widths.get(field.name, 1)
         values = pa.array(np.ravel(columns[field.name])).cast(field.type.value_type)
         arrays.append(pa.ListArray.from_arrays(pa.array(offsets_of(lengths), pa.int32()), values))
-    return pa.Table.from_arrays(arrays, schema=schema).filter(pa.array(h_counts + t_counts > 0))
+    table, used = pa.Table.from_arrays(arrays, schema=schema), h_counts + t_counts > 0
+    return table if used.all() else table.filter(pa.array(used))

@@ -74,8 +74,8 @@ def validate(raw: pa.Table, first_row: int, data: Data) -> Validated:
     columns[IN_HISTORY] = pa.array(any_group(raw, data.history))
     labelled = pc.is_valid(columns[LABEL]).to_numpy(zero_copy_only=False)
     columns[IS_TARGET] = pa.array(any_group(raw, data.impressions) & labelled)
-    good = unmarked(reasons)
-    rows = pa.table(columns).filter(pa.array(good)).combine_chunks()
+    good, rows = unmarked(reasons), pa.table(columns)
+    rows = (rows if good.all() else rows.filter(pa.array(good))).combine_chunks()
     return Validated(_with_hashes(rows, data), quarantine_table(raw, reasons, first_row))
 
 

