@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,3 +40,12 @@ def test_a_run_that_goes_on_is_named() -> None:
 
 def test_the_report_lies_in_the_run() -> None:
     assert Trained("s3://bucket/run", {}).report == "s3://bucket/run/report.html"
+
+
+@pytest.mark.ray
+def test_ray_may_be_imported_first(tmp_path: Path) -> None:
+    """A notebook may: what Ray reads when it is imported cannot be set any more, and must not be."""
+    code = "import ray; from hpgr.on_ray.session import session\nwith session(print): print('up', len(ray.nodes()))"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert "up 1" in done.stdout, done.stderr
