@@ -149,7 +149,7 @@ def deal(fragment: Fragment, data: Data, layout: Layout, folder: Folder, shards:
         with filesystem.open_output_stream(path) as sink, ipc.new_file(sink, schema, options=options) as writer:
             for raw, first in _blocks(fragment, data, layout):
                 block, quarantined, nothing = validate_candidates(raw, first, data, layout)
-                rows += _write_cut(writer, block, shards)
+                rows += _write_cut(writer, block, schema, shards)
                 empty_lists += nothing
                 reasons.update(quarantined.column("reason").to_pylist())
                 bad += [quarantined] if quarantined.num_rows else []
@@ -170,10 +170,10 @@ def dealt_name(fragment: Fragment) -> str:
     return f"{DEALT}/{fragment.index:06d}-{fragment.first:06d}.arrow"
 
 
-def _write_cut(writer: ipc.RecordBatchFileWriter, block: pa.Table, shards: int) -> Ints:
+def _write_cut(writer: ipc.RecordBatchFileWriter, block: pa.Table, schema: pa.Schema, shards: int) -> Ints:
     shard = (block.column(USER_HASH).to_numpy() % np.uint64(shards)).astype(np.int64)
     order = np.argsort(shard, kind="stable")
-    block = block.take(pa.array(order)).combine_chunks()
+    block = block.take(pa.array(order)).cast(schema).combine_chunks()
     counts = np.bincount(shard, minlength=shards)
     for start, size in zip(offsets_of(counts), counts, strict=False):
         batches = block.slice(start, size).to_batches()
@@ -215,7 +215,8 @@ def _top(path: str) -> str:
 
 
 def validate_candidates(raw: pa.Table, first_row: int, data: Data, layout: Layout) -> tuple[pa.Table, pa.Table, int]:
-    """Canonical rows (schema as `empty_candidates`), quarantined ones with reasons, and how many lists are empty.
+    """Canonical rows (cast them to the schema of `empty_candidates`), quarantined ones with reasons, and how many lists
+    are empty.
 
     A row without a usable id, time or feature is quarantined; a null time means "no time given".
     """

@@ -286,10 +286,10 @@ def scan(fragment: Fragment, data: Data, folder: Folder, buckets: int) -> dict[s
             if checked.quarantined.num_rows:
                 reasons.update(checked.quarantined.column("reason").to_pylist())
                 bad.append(checked.quarantined)
-            for bucket, part in _deal(checked.rows.cast(schema), buckets):
+            for bucket, part in _deal(checked.rows, buckets):
                 if bucket not in writers:
                     writers[bucket] = stack.enter_context(ipc_writer(folder, _raw(bucket, fragment), schema))
-                writers[bucket].write_table(part)
+                writers[bucket].write_table(part.cast(schema))
     if bad:
         table = pa.concat_tables(bad).append_column(
             "file", pa.array([fragment.file.uri] * sum(b.num_rows for b in bad))

@@ -35,7 +35,8 @@ _UNIT_US = {"s": 1e6, "ms": 1e3, "us": 1.0, "ns": 1e-3}
 
 @dataclass(frozen=True)
 class Validated:
-    """Canonical rows, and quarantined ones as text with `reason` and `row` (position in the file)."""
+    """Canonical rows, their ids spelled once each (cast to the schema of `empty_rows` to write them out), and
+    quarantined ones as text with `reason` and `row` (position in the file)."""
 
     rows: pa.Table
     quarantined: pa.Table
@@ -129,8 +130,8 @@ def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
 
 
-def read_ids(raw: pa.Table, name: str, role: str, reasons: npt.NDArray[np.object_]) -> pa.Array:
-    """Ids as text: whole numbers and strings of the same digits are the same id."""
+def read_ids(raw: pa.Table, name: str, role: str, reasons: npt.NDArray[np.object_]) -> pa.DictionaryArray:
+    """Ids as text, each spelled once: whole numbers and strings of the same digits are the same id. [rows]."""
     column = _plain(raw.column(name))
     kind = column.type
     if pa.types.is_floating(kind):
@@ -138,7 +139,7 @@ def read_ids(raw: pa.Table, name: str, role: str, reasons: npt.NDArray[np.object
         _mark(reasons, _nulls(column), f"null {role} id")
         whole = np.isfinite(values) & (np.floor(values) == values) & (np.abs(values) < 2**53)
         _mark(reasons, ~whole, f"{role} id is not a whole number")
-        return pa.array(np.where(whole, values, 0).astype(np.int64)).cast(pa.string())
+        return _spelled(pa.array(np.where(whole, values, 0).astype(np.int64)))
     if not (
         pa.types.is_integer(kind)
         or pa.types.is_string(kind)
@@ -148,10 +149,17 @@ def read_ids(raw: pa.Table, name: str, role: str, reasons: npt.NDArray[np.object
         raise DataError(
             f"column {name!r} ({role} ids) is {kind}; expected integers or text: cast it, or map another column"
         )
-    text = column.cast(pa.string()).combine_chunks()
-    text = pa.concat_arrays(text.chunks) if isinstance(text, pa.ChunkedArray) else text
-    _mark(reasons, np.asarray(pc.fill_null(pc.equal(text, ""), True), bool), f"null {role} id")
-    return text
+    whole = column.combine_chunks()
+    whole = pa.concat_arrays(whole.chunks) if isinstance(whole, pa.ChunkedArray) else whole
+    ids = _spelled(whole if pa.types.is_integer(kind) else whole.cast(pa.string()))
+    _mark(reasons, np.asarray(pc.fill_null(pc.equal(ids.dictionary, "").take(ids.indices), True), bool),
+          f"null {role} id")  # fmt: skip
+    return ids
+
+
+def _spelled(values: pa.Array) -> pa.DictionaryArray:
+    encoded = values.dictionary_encode()
+    return pa.DictionaryArray.from_arrays(encoded.indices, encoded.dictionary.cast(pa.string()))
 
 
 def read_times(column: pa.ChunkedArray, data: Data, reasons: npt.NDArray[np.object_]) -> npt.NDArray[np.int64]:
