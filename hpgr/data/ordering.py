@@ -19,7 +19,7 @@ def order_rows(table: pa.Table) -> tuple[pa.Table, int]:
     """Sort one bucket's canonical rows and drop exact duplicates; returns the table and how many were dropped."""
     if not table.num_rows:
         return table, 0
-    key = moments(rank_users(table), table.column(TIME).to_numpy())
+    key = moment_keys(rank_users(table), table.column(TIME).to_numpy())
     others = [table.column(name).to_numpy() for name in (ORDER, ITEM_HASH, CONTENT)]
     rank = np.argsort(key)
     same = np.zeros(len(rank), bool)
@@ -36,7 +36,7 @@ def order_rows(table: pa.Table) -> tuple[pa.Table, int]:
     return table.take(pa.array(rank[~same])), int(same.sum())
 
 
-def moments(user: Ints, time: Ints) -> Ints:
+def moment_keys(user: Ints, time: Ints) -> Ints:
     """One integer a row in the order of (user, time), users counted from 0: [rows].
 
     It sorts several times as fast as two keys. Times too far apart to leave users their bits are ranked first.

@@ -299,7 +299,9 @@ def scan(fragment: Fragment, data: Data, folder: Folder, buckets: int) -> dict[s
 
 
 def _deal(rows: pa.Table, buckets: int) -> Iterable[tuple[int, pa.Table]]:
-    bucket = (rows.column(USER_HASH).to_numpy() % np.uint64(buckets)).astype(np.uint16)  # a radix sort for so few bits
+    bucket = (rows.column(USER_HASH).to_numpy() % np.uint64(buckets)).astype(
+        np.uint16
+    )  # at most 1024; few bits sort by radix
     rows = rows.take(pa.array(np.argsort(bucket, kind="stable"))) if buckets > 1 else rows
     counts = np.bincount(bucket, minlength=buckets)
     bounds = offsets_of(counts)

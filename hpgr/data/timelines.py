@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from hpgr.config import Data, Feature
-from hpgr.data.ordering import moments, run_starts, user_codes
+from hpgr.data.ordering import moment_keys, run_starts, user_codes
 from hpgr.data.split import CutOffs, Targets, assign, targets_of, train_ends
 from hpgr.data.validation import ITEM_HASH, USER_HASH
 from hpgr.data.vocabulary import Vocabulary, actions
@@ -109,7 +109,7 @@ def events_before(h_user: Ints, h_time: Ints, t_user: Ints, t_time: Ints) -> Int
 
     Histories must be ordered by (user, time); moments need not be.
     """
-    key = moments(np.concatenate([h_user, t_user]), np.concatenate([h_time, t_time]))
+    key = moment_keys(np.concatenate([h_user, t_user]), np.concatenate([h_time, t_time]))
     return np.searchsorted(key[: len(h_user)], key[len(h_user) :]) - np.searchsorted(h_user, t_user)
 
 

@@ -149,9 +149,9 @@ def read_ids(raw: pa.Table, name: str, role: str, reasons: npt.NDArray[np.object
         raise DataError(
             f"column {name!r} ({role} ids) is {kind}; expected integers or text: cast it, or map another column"
         )
-    whole = column.combine_chunks()
-    whole = pa.concat_arrays(whole.chunks) if isinstance(whole, pa.ChunkedArray) else whole
-    ids = _spelled(whole if pa.types.is_integer(kind) else whole.cast(pa.string()))
+    values = column.combine_chunks()
+    values = pa.concat_arrays(values.chunks) if isinstance(values, pa.ChunkedArray) else values
+    ids = _spelled(values if pa.types.is_integer(kind) else values.cast(pa.string()))
     _mark(reasons, np.asarray(pc.fill_null(pc.equal(ids.dictionary, "").take(ids.indices), True), bool),
           f"null {role} id")  # fmt: skip
     return ids

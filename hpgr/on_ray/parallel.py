@@ -53,8 +53,8 @@ class RayExecute:
             HpgrError: of the kind that the function raised on any item.
         """
         start = spoken = time.monotonic()
-        with DataContext.current(unbudgeted(DataContext.get_current().copy())):
-            numbers = ray.data.range(len(items), override_num_blocks=len(items))
+        numbers = ray.data.range(len(items), override_num_blocks=len(items))
+        unbudgeted(numbers.context)
         rows = numbers.map(_Call(function, items), num_cpus=1)
         results: dict[int, Any] = {}
         try:
@@ -74,7 +74,8 @@ def unbudgeted(context: DataContext) -> DataContext:
     """Pipelines of this context start tasks as fast as the cluster takes them; for those of bounded output.
 
     Ray Data holds operators to budgets of what it knows of the cluster, which is nothing for the first one or two
-    seconds of every run (Ray 2.60): until then it runs one task at a time.
+    seconds of every run (Ray 2.60): until then it runs one task at a time. Without budgets all tasks ask for their CPUs
+    at once, and an autoscaler hears of all of them.
     """
     context.op_resource_reservation_enabled = False
     return context

@@ -47,6 +47,9 @@ def test_from_no_worker_to_three_and_back(tmp_path: Path) -> None:
     words = [sys.executable, str(ROOT / "cluster/local.py"), "--workers", "3", "--idle", "5", "--",
              "bash", "-c", f"{count} before.json && {search} && {count} after.json"]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    # Before there is a cluster: preparing on it starts nodes, too.
+    prepare = [sys.executable, f"{ROOT}/jobs/prepare.py", *settings.split()]
+    subprocess.run(prepare, cwd=tmp_path, env=environment, capture_output=True, timeout=120, check=True)
     done = subprocess.run(
         words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=420, check=False
     )

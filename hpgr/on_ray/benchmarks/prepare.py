@@ -1,11 +1,11 @@
 """Preparing a log against DuckDB and Polars that sort and sessionise the same files on the same cores.
 
 The peers read the files, order all rows by user and time, number each user's sessions (a gap of more than 30 minutes
-starts one) and write one Parquet file: the core of what preparing a log does. `prepare` also validates every row, drops
-exact duplicates, breaks ties by content, splits, counts and encodes a vocabulary, and checks that no row is lost; none
-of that is taken off its time. Each way runs in a process of its own; the ways take turns. Peak memory is the sum of the
-proportional shares (PSS) of the way's processes, less what Ray itself holds before the log is touched; to look at it
-slows what is looked at, so it has a turn of its own.
+starts one) and write one Parquet file. `prepare` leaves sessions to the stream, where their gap may vary; it validates
+every row, drops exact duplicates, breaks ties by content, splits, counts and encodes a vocabulary, and checks that no
+row is lost; none of that is taken off its time. Each way runs in a process of its own; the ways take turns. Peak memory
+is the sum of the proportional shares (PSS) of the way's processes, less what Ray itself holds before the log is
+touched; to look at it slows what is looked at, so it has a turn of its own.
 """
 
 from __future__ import annotations
