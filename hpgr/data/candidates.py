@@ -25,7 +25,7 @@ import pyarrow.ipc as ipc
 from hpgr.artifacts import Folder
 from hpgr.config import Data, Feature
 from hpgr.data.hashing import combine, hash_items, hash_text
-from hpgr.data.preparation import writing
+from hpgr.data.preparation import dealt, writing
 from hpgr.data.sources import Fragment, SourceFile, find_files, fragments, open_parquet, read
 from hpgr.data.timelines import TARGET_ROLES
 from hpgr.data.validation import (
@@ -41,7 +41,7 @@ from hpgr.data.validation import (
     unmarked,
 )  # fmt: skip
 from hpgr.errors import DataError
-from hpgr.schema import FEATURE_PREFIX, ITEM, REQUEST, TIME, USER, Ints, offsets_of
+from hpgr.schema import FEATURE_PREFIX, ITEM, REQUEST, TIME, USER, Ints
 
 Kind = Literal["pairs", "lists", "all"]
 BLOCK_VALUES = 500_000
@@ -171,11 +171,9 @@ def dealt_name(fragment: Fragment) -> str:
 
 
 def _write_cut(writer: ipc.RecordBatchFileWriter, block: pa.Table, schema: pa.Schema, shards: int) -> Ints:
-    shard = (block.column(USER_HASH).to_numpy() % np.uint64(shards)).astype(np.int64)
-    order = np.argsort(shard, kind="stable")
-    block = block.take(pa.array(order)).cast(schema).combine_chunks()
-    counts = np.bincount(shard, minlength=shards)
-    for start, size in zip(offsets_of(counts), counts, strict=False):
+    block, starts = dealt(block, shards)
+    block, counts = block.cast(schema).combine_chunks(), np.diff(starts)
+    for start, size in zip(starts, counts, strict=False):
         batches = block.slice(start, size).to_batches()
         writer.write_batch(batches[0] if batches else pa.RecordBatch.from_pylist([], schema=block.schema))
     return counts

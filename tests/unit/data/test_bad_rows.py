@@ -10,6 +10,8 @@ import pyarrow as pa
 import pytest
 from helpers_log import check_account
 
+from hpgr.data.preparation import Prepared
+
 T = 1_600_000_000
 Columns = dict[str, list[Any]]
 Make = Callable[..., Any]
@@ -107,15 +109,20 @@ def test_rule_over_missing_label_quarantines_nothing(prepare_log: Make, log: Mak
 # Lines no parser can read.
 
 
+def check_unreadable(prepared: Prepared, lines: int, shown: str) -> None:
+    """Beside 50 good rows there are so many lines that cannot be read, kept with their text."""
+    account = prepared.manifest["account"]
+    assert account["reasons"] == {"unreadable line": lines}
+    assert (account["rows_in"], account["kept"]) == (50 + lines, 50)
+    table = prepared.folder.read_parquet(f"quarantine/{prepared.folder.entries('quarantine')[0]}")
+    assert any(shown in text for text in table.column("values").to_pylist())
+
+
 def test_broken_json_lines_are_quarantined(prepare_log: Make, log: Make) -> None:
     lines = [json.dumps(row) for row in pa.table(log()).to_pylist()]
     lines[4:4] = ['{"user_id": "u1", "item', "[1, 2]", "7"]
     prepared = prepare_log("\n".join(lines).encode(), "jsonl")
-    account = prepared.manifest["account"]
-    assert account["reasons"] == {"unreadable line": 3}
-    assert (account["rows_in"], account["kept"]) == (53, 50)
-    table = prepared.folder.read_parquet(f"quarantine/{prepared.folder.entries('quarantine')[0]}")
-    assert any('"item' in text for text in table.column("values").to_pylist())
+    check_unreadable(prepared, 3, '"item')
 
 
 def test_csv_lines_with_a_wrong_number_of_fields_are_quarantined(prepare_log: Make, log: Make) -> None:
@@ -123,11 +130,7 @@ def test_csv_lines_with_a_wrong_number_of_fields_are_quarantined(prepare_log: Ma
     lines = [",".join(columns), *(",".join(map(str, row)) for row in zip(*columns.values(), strict=True))]
     lines[4:4] = ["u1,i1", f"u1,i1,{T},1,more"]
     prepared = prepare_log("\n".join(lines).encode(), "csv")
-    account = prepared.manifest["account"]
-    assert account["reasons"] == {"unreadable line": 2}
-    assert (account["rows_in"], account["kept"]) == (52, 50)
-    table = prepared.folder.read_parquet(f"quarantine/{prepared.folder.entries('quarantine')[0]}")
-    assert any("u1,i1" in text for text in table.column("values").to_pylist())
+    check_unreadable(prepared, 2, "u1,i1")
 
 
 def test_text_that_is_not_utf8_is_quarantined(prepare_log: Make, log: Make) -> None:
