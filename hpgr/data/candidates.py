@@ -29,9 +29,6 @@ from hpgr.data.preparation import dealt, writing
 from hpgr.data.sources import Fragment, SourceFile, find_files, fragments, open_parquet, read
 from hpgr.data.timelines import TARGET_ROLES
 from hpgr.data.validation import (
-    CONTENT,
-    ITEM_HASH,
-    USER_HASH,
     quarantine_table,
     read_feature,
     read_ids,
@@ -47,6 +44,7 @@ Kind = Literal["pairs", "lists", "all"]
 BLOCK_VALUES = 500_000
 """Candidates that a dealing task holds at once."""
 REQUEST_PREFIX = "request:"
+ITEM_HASH, CONTENT = "item_hash", "content"
 DEALT, QUARANTINE = "_work/dealt", "_quarantine"
 """Where dealt and unusable rows go in the job's output folder."""
 
@@ -129,7 +127,7 @@ def empty_candidates(data: Data, layout: Layout) -> pa.Table:
     kinds |= {REQUEST_PREFIX + name: pa.string() for name in layout.request}
     for f in target_features(data):
         kinds[FEATURE_PREFIX + f.name] = pa.string() if f.kind == "categorical" else pa.float64()
-    kinds |= {USER_HASH: pa.uint64(), ITEM_HASH: pa.uint64(), CONTENT: pa.uint64()}
+    kinds |= {ITEM_HASH: pa.uint64(), CONTENT: pa.uint64()}
     return pa.schema(list(kinds.items())).empty_table()
 
 
@@ -259,14 +257,13 @@ def _candidate_times(raw: pa.Table, data: Data, layout: Layout, reasons: Any) ->
 
 
 def _hashed(rows: pa.Table, data: Data, layout: Layout) -> pa.Table:
-    """Hashes that shard, order and compare candidates; `content` covers time, request and features."""
+    """Hashes that order and compare candidates; `content` covers time, request and features."""
     time = pc.fill_null(rows.column(TIME), np.iinfo(np.int64).min).to_numpy()
     keys = [time, rows.column(REQUEST).to_numpy()]
     for f in layout.given(data):
         column = rows.column(FEATURE_PREFIX + f.name)
         categorical = f.kind == "categorical"
         keys.append(hash_text(column) if categorical else pc.fill_null(column, -1e300).to_numpy().view(np.uint64))
-    rows = rows.append_column(USER_HASH, pa.array(hash_text(rows.column(USER))))
     rows = rows.append_column(ITEM_HASH, pa.array(hash_items(rows.column(ITEM))))
     return rows.append_column(CONTENT, pa.array(combine(*keys)))
 

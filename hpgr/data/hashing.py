@@ -35,6 +35,11 @@ def uniform(*keys: Any) -> npt.NDArray[np.float64]:
     return np.asarray((combine(*keys) >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
+def spelled_once(values: pa.Array) -> pa.DictionaryArray:
+    """Values as numbers of distinct ones."""
+    return values if pa.types.is_dictionary(values.type) else values.dictionary_encode()
+
+
 def hash_items(values: pa.Array | pa.ChunkedArray) -> U64:
     """Hash of each item id; it orders rows of one second and deals unknown items to buckets: [rows]."""
     return mix(hash_text(values))
@@ -42,9 +47,7 @@ def hash_items(values: pa.Array | pa.ChunkedArray) -> U64:
 
 def hash_text(values: pa.Array | pa.ChunkedArray) -> U64:
     """64-bit SipHash of a text column, null = 0; computed once a distinct value: [rows]."""
-    encoded = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
-    if not pa.types.is_dictionary(encoded.type):
-        encoded = encoded.dictionary_encode()
+    encoded = spelled_once(values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values)
     words = encoded.dictionary.cast(pa.string()).to_numpy(zero_copy_only=False)
     table = np.append(pd.util.hash_array(words.astype(object), categorize=False), np.uint64(0))
     codes = encoded.indices.fill_null(len(words)).to_numpy(zero_copy_only=False)

@@ -11,29 +11,46 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hpgr.data.validation import CONTENT, ITEM_HASH, USER_HASH
-from hpgr.schema import ORDER, TIME, USER, Array, Ints
+from hpgr.data.hashing import U64, combine, hash_items, hash_text, spelled_once
+from hpgr.schema import ITEM, ORDER, TIME, USER, Array, Ints
 
 
 def order_rows(table: pa.Table) -> tuple[pa.Table, int]:
     """Sort one bucket's canonical rows and drop exact duplicates; returns the table and how many were dropped."""
     if not table.num_rows:
         return table, 0
-    key = moment_keys(rank_users(table), table.column(TIME).to_numpy())
-    others = [table.column(name).to_numpy() for name in (ORDER, ITEM_HASH, CONTENT)]
+    key = moment_keys(rank_users(table.column(USER).combine_chunks()), table.column(TIME).to_numpy())
     rank = np.argsort(key)
     same = np.zeros(len(rank), bool)
     same[1:] = key[rank[1:]] == key[rank[:-1]]
     tied = np.flatnonzero(same | np.append(same[1:], False))
-    if len(tied):  # few rows of most logs share their user's moment; the other keys need sort those alone
+    if len(tied):  # few rows of most logs share their user's moment; the other keys are made and sorted for those alone
         rows, moment = rank[tied], np.cumsum(~same)[tied]
-        rank[tied] = rows[np.lexsort((rows, *(column[rows] for column in reversed(others)), moment))]
-        later = np.flatnonzero(same)
-        for column in others:
-            later = later[column[rank[later]] == column[rank[later - 1]]]
-        same[:] = False
-        same[later] = True
+        others = tie_keys(table.take(pa.array(rows)))
+        by = np.lexsort((rows, *reversed(others), moment))
+        rank[tied], others = rows[by], [column[by] for column in others]
+        equal = np.logical_and.reduce([same[tied][1:], *(column[1:] == column[:-1] for column in others)])
+        same[tied] = np.append(False, equal)
     return table.take(pa.array(rank[~same])), int(same.sum())
+
+
+def tie_keys(table: pa.Table) -> list[Array]:
+    """What orders rows of one user and moment: their order, where it is mapped, and hashes of item and content.
+
+    Content is every mapped value but user, item and time; rows that agree in all keys are the same row.
+    """
+    order = [table.column(ORDER).to_numpy()] if ORDER in table.column_names else []
+    others = [name for name in table.column_names if name not in (USER, ITEM, TIME)]
+    return [*order, hash_items(table.column(ITEM)), combine(*(_content(table.column(name)) for name in others))]
+
+
+def _content(column: pa.ChunkedArray) -> U64:
+    """Numbers that are equal where values are: [rows]."""
+    if pa.types.is_string(column.type):
+        return hash_text(column)
+    if pa.types.is_floating(column.type):
+        return np.asarray(pc.fill_null(column, -1e300).to_numpy().view(np.uint64))
+    return np.asarray(pc.fill_null(column.cast(pa.int64()), -1).to_numpy().view(np.uint64))
 
 
 def moment_keys(user: Ints, time: Ints) -> Ints:
@@ -50,28 +67,25 @@ def moment_keys(user: Ints, time: Ints) -> Ints:
     return user * (last - first + 1) + (time - first)
 
 
-def rank_users(table: pa.Table) -> Ints:
+def rank_users(user: pa.Array) -> Ints:
     """Rank of each row's user by (hash, id): [rows]. Ids decide, so a hash collision is harmless."""
-    encoded = table.column(USER).combine_chunks().dictionary_encode()
-    codes = encoded.indices.to_numpy()
-    hashes = np.zeros(len(encoded.dictionary), np.uint64)
-    hashes[codes] = table.column(USER_HASH).to_numpy()
+    encoded = spelled_once(user)
+    hashes = hash_text(encoded.dictionary)
     order = np.argsort(hashes, kind="stable")
     if (np.diff(hashes[order]) == 0).any():
         ids = encoded.dictionary.to_pylist()
         order = np.array(sorted(range(len(ids)), key=lambda i: (hashes[i], ids[i])))
     rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(len(order))
-    return rank[codes]
+    return rank[encoded.indices.to_numpy()]
 
 
 def user_codes(table: pa.Table) -> Ints:
     """Number of each row's user in an ordered bucket, from 0: [rows]."""
     if not table.num_rows:
         return np.zeros(0, np.int64)
-    user = table.column(USER).combine_chunks()
-    changes = pc.not_equal(user[1:], user[:-1]).to_numpy(zero_copy_only=False)
-    return np.concatenate([[0], np.cumsum(changes)]).astype(np.int64)
+    code = table.column(USER).combine_chunks().indices.to_numpy()
+    return np.concatenate([[0], np.cumsum(code[1:] != code[:-1])]).astype(np.int64)
 
 
 def run_starts(*keys: Array) -> Ints:

@@ -30,15 +30,16 @@ import hpgr
 from hpgr.artifacts import FORMAT, Folder, absolute, check_format, fingerprint
 from hpgr.config import Config, Data, dump
 from hpgr.data import split as splits
+from hpgr.data.hashing import hash_text
 from hpgr.data.ordering import order_rows
 from hpgr.data.sources import Fragment, find_files, fragments, inputs_fingerprint, read
 from hpgr.data.synthetic import write_log
 from hpgr.data.timelines import encode, features_of, training_rows
-from hpgr.data.validation import USER_HASH, empty_rows, needed_columns, validate
+from hpgr.data.validation import empty_rows, needed_columns, validate
 from hpgr.data.vocabulary import Vocabulary, count, merge
 from hpgr.errors import ArtifactError, ConfigError, DataError, StoreError
 from hpgr.locks import held
-from hpgr.schema import SECOND, Ints, offsets_of
+from hpgr.schema import ITEM, SECOND, USER, Ints, offsets_of
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -277,7 +278,7 @@ def _raw(bucket: int, fragment: Fragment) -> str:
 def scan(fragment: Fragment, data: Data, folder: Folder, buckets: int) -> dict[str, Any]:
     """Validate a fragment and deal its rows to bucket files by user hash; returns its account."""
     rows, reasons, bad = 0, Counter[str](), []
-    schema = empty_rows(data).schema
+    schema, ids = empty_rows(data).schema, (USER, ITEM)
     with ExitStack() as stack:
         writers: dict[int, ipc.RecordBatchStreamWriter] = {}
         for raw, first in read(fragment, needed_columns(data)):
@@ -291,7 +292,9 @@ def scan(fragment: Fragment, data: Data, folder: Folder, buckets: int) -> dict[s
                 if bucket not in writers:
                     writers[bucket] = stack.enter_context(ipc_writer(folder, _raw(bucket, fragment), schema))
                 part = good.slice(starts[bucket], starts[bucket + 1] - starts[bucket])
-                writers[bucket].write_table(part.cast(schema))
+                for i in map(schema.get_field_index, ids):
+                    part = part.set_column(i, schema.field(i), _own_words(part.column(i).combine_chunks()))
+                writers[bucket].write_table(part)
     if bad:
         table = pa.concat_tables(bad).append_column(
             "file", pa.array([fragment.file.uri] * sum(b.num_rows for b in bad))
@@ -302,10 +305,17 @@ def scan(fragment: Fragment, data: Data, folder: Folder, buckets: int) -> dict[s
 
 def dealt(rows: pa.Table, parts: int) -> tuple[pa.Table, Ints]:
     """Rows by part, the user's hash modulo `parts`, in their order inside one, and where each begins: [parts + 1]."""
+    user = rows.column(USER).combine_chunks()
     kind = np.min_scalar_type(parts)  # few bits sort several times as fast
-    part = (rows.column(USER_HASH).to_numpy() % np.uint64(parts)).astype(kind)
+    part = (hash_text(user.dictionary) % np.uint64(parts)).astype(kind)[user.indices.to_numpy()]
     rows = rows.take(pa.array(np.argsort(part, kind="stable"))) if parts > 1 else rows
     return rows, offsets_of(np.bincount(part, minlength=parts))
+
+
+def _own_words(values: pa.DictionaryArray) -> pa.DictionaryArray:
+    """The same values with a dictionary of no others."""
+    codes = values.indices.dictionary_encode()
+    return pa.DictionaryArray.from_arrays(codes.indices, values.dictionary.take(codes.dictionary))
 
 
 @contextmanager
@@ -345,7 +355,8 @@ def sort(bucket: int, data: Data, folder: Folder, hours: bool) -> dict[str, Any]
     """Order one bucket and drop its duplicates; `hours` asks for the histogram of impressions by hour."""
     raw = f"staging/raw/{bucket:05d}"
     parts = [_read_ipc(folder, f"{raw}/{name}") for name in folder.entries(raw)]
-    table, duplicates = order_rows(pa.concat_tables([empty_rows(data), *parts]).combine_chunks())
+    rows = pa.concat_tables([empty_rows(data), *parts]).unify_dictionaries().combine_chunks()
+    table, duplicates = order_rows(rows)
     with ipc_writer(folder, _sorted(bucket), table.schema) as writer:
         writer.write_table(table)
     histogram = splits.histogram(splits.targets_of(table).time, splits.HOUR) if hours else {}

@@ -42,7 +42,9 @@ def targets_of(table: pa.Table) -> Targets:
     row = np.flatnonzero(table.column(IS_TARGET).to_numpy(zero_copy_only=False))
     user = user_codes(table)[row] if len(row) else np.zeros(0, np.int64)
     time = table.column(TIME).to_numpy()[row]
-    request = table.column(REQUEST).to_numpy()[row]
+    request = np.zeros(len(row), np.int64)
+    if REQUEST in table.column_names:
+        request = table.column(REQUEST).to_numpy()[row]
     if not request.any():  # the bucket's own order is already theirs
         return Targets(row, user, time, request)
     alone = request == 0

@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 
 from hpgr.config import Data, Feature
+from hpgr.data.hashing import hash_text
 from hpgr.data.ordering import moment_keys, run_starts, user_codes
 from hpgr.data.split import CutOffs, Targets, assign, targets_of, train_ends
-from hpgr.data.validation import ITEM_HASH, USER_HASH
 from hpgr.data.vocabulary import Vocabulary, actions
 from hpgr.schema import (
     FEATURE_PREFIX,
@@ -81,7 +81,7 @@ def encode(table: pa.Table, vocabulary: Vocabulary, data: Data, cuts: CutOffs | 
     h_counts, t_counts = (np.bincount(u, minlength=n_users) for u in (h_user, targets.user))
     h_start = offsets_of(h_counts)[:-1]
 
-    encoded_items = vocabulary.item_indices(table.column(ITEM).combine_chunks(), table.column(ITEM_HASH).to_numpy())
+    encoded_items = vocabulary.item_indices(table.column(ITEM).combine_chunks())
     action = actions(table)
     encoded_actions = vocabulary.category_indices("action", action.dictionary)[action.indices.to_numpy()]
     own = run_starts(targets.user, targets.time, np.where(targets.request == 0, targets.row, targets.request))
@@ -123,8 +123,8 @@ def _labels(table: pa.Table) -> Array:
 
 def _user_columns(table: pa.Table, codes: Ints, n_users: int) -> dict[str, Any]:
     first = np.searchsorted(codes, np.arange(n_users))
-    rows = table.select([USER, USER_HASH]).take(pa.array(first))
-    return {"user": rows.column(USER).combine_chunks(), "user_hash": rows.column(USER_HASH).to_numpy()}
+    user = table.column(USER).take(pa.array(first)).combine_chunks().cast(pa.string())
+    return {"user": user, "user_hash": hash_text(user)}
 
 
 def feature_arrays(table: pa.Table, rows: Ints, stream: str, vocabulary: Vocabulary, data: Data) -> tuple[Array, Array]:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hpgr.config import Data, Feature, Rule, utc_us
-from hpgr.data.hashing import U64, combine, hash_items, hash_text
+from hpgr.data.hashing import U64, combine, hash_text
 from hpgr.data.rules import Mask, any_group, columns_of, holds, to_number
 from hpgr.data.sources import RAW_LINE
 from hpgr.errors import DataError
@@ -29,14 +29,14 @@ from hpgr.schema import (
     USER,
 )  # fmt: skip
 
-USER_HASH, ITEM_HASH, CONTENT = "user_hash", "item_hash", "content"
+IDS = pa.dictionary(pa.int32(), pa.string())
 _UNIT_US = {"s": 1e6, "ms": 1e3, "us": 1.0, "ns": 1e-3}
 
 
 @dataclass(frozen=True)
 class Validated:
-    """Canonical rows, their ids spelled once each (cast to the schema of `empty_rows` to write them out), and
-    quarantined ones as text with `reason` and `row` (position in the file)."""
+    """Canonical rows (schema: `empty_rows`), and quarantined ones as text with `reason` and `row` (position in the
+    file)."""
 
     rows: pa.Table
     quarantined: pa.Table
@@ -67,9 +67,11 @@ def validate(raw: pa.Table, first_row: int, data: Data) -> Validated:
         TIME: pa.array(read_times(raw.column(data.columns.time), data, reasons)),
         LABEL: _labels(raw, data, reasons),
         ACTION: text_or_null(raw, data.columns.action),
-        REQUEST: pa.array(request_keys(raw, data.columns.request).view(np.int64)),
-        ORDER: pa.array(_order(raw, data.columns.order, reasons)),
     }
+    if data.columns.request:
+        columns[REQUEST] = pa.array(request_keys(raw, data.columns.request).view(np.int64))
+    if data.columns.order is not None:
+        columns[ORDER] = pa.array(_order(raw, data.columns.order, reasons))
     for feature in data.features:
         columns[FEATURE_PREFIX + feature.name] = read_feature(raw, feature, reasons)
     columns[IN_HISTORY] = pa.array(any_group(raw, data.history))
@@ -77,17 +79,17 @@ def validate(raw: pa.Table, first_row: int, data: Data) -> Validated:
     columns[IS_TARGET] = pa.array(any_group(raw, data.impressions) & labelled)
     good, rows = unmarked(reasons), pa.table(columns)
     rows = (rows if good.all() else rows.filter(pa.array(good))).combine_chunks()
-    return Validated(_with_hashes(rows, data), quarantine_table(raw, reasons, first_row))
+    return Validated(rows, quarantine_table(raw, reasons, first_row))
 
 
 def empty_rows(data: Data) -> pa.Table:
-    """No rows, with the canonical schema."""
-    kinds = {USER: pa.string(), ITEM: pa.string(), TIME: pa.int64(), LABEL: pa.int8(), ACTION: pa.string(),
-             REQUEST: pa.int64(), ORDER: pa.float64()}  # fmt: skip
+    """No rows, with the canonical schema. Ids are spelled once each; what the log has no column of has none here."""
+    kinds = {USER: IDS, ITEM: IDS, TIME: pa.int64(), LABEL: pa.int8(), ACTION: pa.string()}
+    kinds |= {REQUEST: pa.int64()} if data.columns.request else {}
+    kinds |= {ORDER: pa.float64()} if data.columns.order is not None else {}
     for f in data.features:
         kinds[FEATURE_PREFIX + f.name] = pa.string() if f.kind == "categorical" else pa.float64()
     kinds |= {IN_HISTORY: pa.bool_(), IS_TARGET: pa.bool_()}
-    kinds |= {USER_HASH: pa.uint64(), ITEM_HASH: pa.uint64(), CONTENT: pa.uint64()}
     return pa.schema(list(kinds.items())).empty_table()
 
 
@@ -272,9 +274,7 @@ def request_keys(raw: pa.Table, names: Sequence[str] | None) -> U64:
     return np.where(np.logical_and.reduce([k != 0 for k in keys]), combine(*keys), np.uint64(0))
 
 
-def _order(raw: pa.Table, name: str | None, reasons: npt.NDArray[np.object_]) -> npt.NDArray[np.float64]:
-    if name is None:
-        return np.zeros(raw.num_rows)
+def _order(raw: pa.Table, name: str, reasons: npt.NDArray[np.object_]) -> npt.NDArray[np.float64]:
     numbers = _numbers(_plain(raw.column(name)), name)
     _mark(reasons, ~np.isfinite(numbers), "order is not a finite number")
     return np.nan_to_num(numbers)
@@ -296,20 +296,3 @@ def read_feature(raw: pa.Table, feature: Feature, reasons: npt.NDArray[np.object
         with np.errstate(invalid="ignore", divide="ignore"):
             numbers = np.log1p(numbers)
     return pa.array(numbers, from_pandas=True)
-
-
-def _with_hashes(rows: pa.Table, data: Data) -> pa.Table:
-    """Hashes that shard, order and compare rows. `content` covers every mapped value but user, item and time."""
-    label = pc.fill_null(rows.column(LABEL), -1).to_numpy()
-    flags = [rows.column(name).to_numpy() for name in (IN_HISTORY, IS_TARGET)]
-    keys = [label, rows.column(REQUEST).to_numpy(), *flags,
-            hash_text(rows.column(ACTION)), rows.column(ORDER).to_numpy().view(np.uint64)]  # fmt: skip
-    for feature in data.features:
-        column = rows.column(FEATURE_PREFIX + feature.name)
-        if feature.kind == "categorical":
-            keys.append(hash_text(column))
-        else:
-            keys.append(pc.fill_null(column, -1e300).to_numpy().view(np.uint64))
-    rows = rows.append_column(USER_HASH, pa.array(hash_text(rows.column(USER))))
-    rows = rows.append_column(ITEM_HASH, pa.array(hash_items(rows.column(ITEM))))
-    return rows.append_column(CONTENT, pa.array(combine(*keys)))

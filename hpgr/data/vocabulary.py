@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from hpgr.config import Data, Feature
 from hpgr.config import Vocabulary as VocabularyConfig
-from hpgr.data.hashing import U64, hash_items
+from hpgr.data.hashing import U64, hash_items, spelled_once
 from hpgr.schema import ACTION, FEATURE_PREFIX, FIRST_OOV, IN_HISTORY, IS_TARGET, ITEM, LABEL, Array, Floats, Ints
 
 ITEM_FIELD = "item"
@@ -42,7 +42,8 @@ def count(table: pa.Table, training: npt.NDArray[np.bool_], data: Data) -> pa.Ta
     `shown`, `clicked` and `history` count an item's impressions, clicks and events of histories; `sum` and `squares`
     are for numeric features.
     """
-    rows = table.filter(pa.array(training))
+    features = [FEATURE_PREFIX + feature.name for feature in data.features]
+    rows = table.select([ITEM, LABEL, ACTION, IN_HISTORY, IS_TARGET, *features]).filter(pa.array(training))
     parts = [_count_items(rows), _count_values("action", actions(rows))]
     for feature in data.features:
         column = rows.column(FEATURE_PREFIX + feature.name)
@@ -63,14 +64,15 @@ def count(table: pa.Table, training: npt.NDArray[np.bool_], data: Data) -> pa.Ta
 
 
 def _count_items(rows: pa.Table) -> pa.Table:
-    target = rows.column(IS_TARGET).to_numpy(zero_copy_only=False).astype(np.int64)
-    clicked = pc.fill_null(rows.column(LABEL), 0).to_numpy().astype(np.int64) * target
-    history = rows.column(IN_HISTORY).to_numpy(zero_copy_only=False).astype(np.int64)
-    items = pa.table({"value": rows.column(ITEM), "shown": target, "clicked": clicked, "history": history})
-    sums = [(name, "sum") for name in OF_ITEMS]
-    grouped = items.group_by("value").aggregate([([], "count_all"), *sums])
-    return _frame(ITEM_FIELD, grouped.column("value"), grouped.column("count_all"),
-                  **{name: grouped.column(f"{name}_sum") for name in OF_ITEMS})  # fmt: skip
+    item = rows.column(ITEM).combine_chunks()
+    code, words = item.indices.to_numpy(), item.dictionary
+    target, history = (rows.column(name).to_numpy(zero_copy_only=False) for name in (IS_TARGET, IN_HISTORY))
+    clicked = pc.fill_null(rows.column(LABEL), 0).to_numpy() * target > 0
+    every = np.bincount(code, minlength=len(words))
+    sums = {name: np.bincount(code[rows_of], minlength=len(words))
+            for name, rows_of in zip(OF_ITEMS, (target, clicked, history), strict=True)}  # fmt: skip
+    there = np.flatnonzero(every)
+    return _frame(ITEM_FIELD, words.take(pa.array(there)), every[there], **{k: v[there] for k, v in sums.items()})
 
 
 def _count_values(field: str, values: Any) -> pa.Table:
@@ -147,12 +149,15 @@ class Vocabulary:
         """Rows of an item table: padding, mask, out-of-vocabulary buckets, catalogue."""
         return self.first_item + self.items.num_rows
 
-    def item_indices(self, values: pa.Array, hashes: U64) -> Array:
+    def item_indices(self, values: pa.Array) -> Array:
         """Index of each item; unknown ones by hash into the out-of-vocabulary buckets: [rows] int32."""
-        known = pc.index_in(values, value_set=self.items.column("value").combine_chunks())
-        position = pc.fill_null(known, -1).to_numpy(zero_copy_only=False).astype(np.int64)
-        unknown = FIRST_OOV + _bucket(hashes, self.oov_buckets)
-        return np.where(position >= 0, self.first_item + position, unknown).astype(np.int32)
+        encoded = spelled_once(values)
+        words = encoded.dictionary
+        known = pc.index_in(words, value_set=self.items.column("value").combine_chunks())
+        index = self.first_item + pc.fill_null(known, -1).to_numpy(zero_copy_only=False)
+        new = np.asarray(pc.is_null(known), bool)
+        index[new] = FIRST_OOV + _bucket(hash_items(words.filter(pa.array(new))), self.oov_buckets)
+        return np.asarray(index.astype(np.int32)[encoded.indices.to_numpy()])
 
     def category_indices(self, field: str, values: pa.Array) -> Array:
         """MISSING for null, UNKNOWN for unseen values, else 2 and up: [rows] int32."""

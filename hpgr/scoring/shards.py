@@ -21,7 +21,6 @@ from hpgr.data.ordering import rank_users, run_starts
 from hpgr.data.preparation import Prepared
 from hpgr.data.sources import Fragment, read
 from hpgr.data.timelines import events_before, feature_arrays, features_of
-from hpgr.data.validation import ITEM_HASH
 from hpgr.data.vocabulary import MISSING, Vocabulary
 from hpgr.schema import ITEM, REQUEST, TIME, USER, Array, Floats, Ints, Timelines
 from hpgr.scoring.known_features import ItemFeatures, with_known_features
@@ -119,7 +118,7 @@ class Shards:
         request, layout = self.request, self.request.layout
         assert layout is not None
         rows = dealt_rows(shard, request.shards, Folder(request.output), self.config.data, layout)
-        rows, user, duplicates = distinct(rows, rank_users(rows) if rows.num_rows else np.zeros(0, np.int64))
+        rows, user, duplicates = distinct(rows, rank_users(rows.column(USER).combine_chunks()))
         found = pc.index_in(rows.column(USER), value_set=timelines.user.slice(0, len(timelines) - 1))
         row = pc.fill_null(found, len(timelines) - 1).to_numpy().astype(np.int64)
         group = run_starts(user, rows.column(REQUEST).to_numpy())
@@ -166,7 +165,7 @@ class Shards:
 
     def _encoded(self, rows: pa.Table) -> tuple[Array, Array, Array]:
         """Item indices and target features of canonical candidates: [P], [P, F], [P, G]."""
-        item = self.vocabulary.item_indices(rows.column(ITEM).combine_chunks(), rows.column(ITEM_HASH).to_numpy())
+        item = self.vocabulary.item_indices(rows.column(ITEM).combine_chunks())
         every = np.arange(rows.num_rows)
         return item, *feature_arrays(rows, every, "t_", self.vocabulary, self.config.data)
 
