@@ -169,10 +169,10 @@ class Folder:
             name, lambda filesystem, path: pq.ParquetFile(path, filesystem=filesystem).read(columns=columns)
         )
 
-    def write_parquet(self, name: str, table: pa.Table, dictionary: bool = True) -> None:
-        """`dictionary` writes values by their number among the column's own: of numbers slow, and seldom smaller."""
+    def write_parquet(self, name: str, table: pa.Table, **options: Any) -> None:
+        """Options are pyarrow's, of which compression is zstd unless given."""
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd", use_dictionary=dictionary)
+        pq.write_table(table, sink, **{"compression": "zstd"} | options)
         self.write(name, sink.getvalue())
 
     def delete(self, name: str = "") -> None:

@@ -34,7 +34,7 @@ from hpgr.data.validation import (
     read_ids,
     read_times,
     request_keys,
-    text_or_null,
+    text,
     unmarked,
 )  # fmt: skip
 from hpgr.errors import DataError
@@ -227,7 +227,7 @@ def validate_candidates(raw: pa.Table, first_row: int, data: Data, layout: Layou
         TIME: _candidate_times(raw, data, layout, reasons),
         REQUEST: pa.array(request_keys(raw, list(layout.request)).view(np.int64)),
     }  # fmt: skip
-    columns |= {REQUEST_PREFIX + name: text_or_null(raw, name) for name in layout.request}
+    columns |= {REQUEST_PREFIX + name: text(raw, name) for name in layout.request}
     for f in target_features(data):
         absent = pa.nulls(raw.num_rows, pa.string() if f.kind == "categorical" else pa.float64())
         columns[FEATURE_PREFIX + f.name] = read_feature(raw, f, reasons) if f.name in layout.features else absent

@@ -19,7 +19,7 @@ from hpgr.config import Data
 from hpgr.data import split as splits
 from hpgr.data.preparation import SPLIT_NAMES, Execute, Job, Prepared, bucket_count, ordered_rows, sole, versions
 from hpgr.data.sources import find_files, fragments, inputs_fingerprint
-from hpgr.data.timelines import encode, training_rows
+from hpgr.data.timelines import encode, training_rows, write_timelines
 from hpgr.data.validation import needed_columns
 from hpgr.schema import Timelines
 
@@ -77,7 +77,7 @@ def _encode(bucket: int, data: Data, folder: Folder) -> dict[str, Any]:
     table, vocabulary = ordered_rows(bucket, folder), Prepared(folder, {}).vocabulary()
     _, account = training_rows(table, data, ALL_HELD_OUT)
     prepared = encode(table, vocabulary, data, ALL_HELD_OUT)
-    folder.write_parquet(f"timelines/bucket-{bucket:05d}.parquet", prepared, dictionary=False)
+    write_timelines(folder, bucket, prepared)
     unknown = int((Timelines.from_table(prepared).h_item < vocabulary.first_item).sum())
     return account | {"timelines": prepared.num_rows, "unknown_items": unknown}
 

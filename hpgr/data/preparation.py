@@ -34,7 +34,7 @@ from hpgr.data.hashing import hash_text
 from hpgr.data.ordering import order_rows
 from hpgr.data.sources import Fragment, find_files, fragments, inputs_fingerprint, read
 from hpgr.data.synthetic import write_log
-from hpgr.data.timelines import encode, features_of, training_rows
+from hpgr.data.timelines import encode, features_of, training_rows, write_timelines
 from hpgr.data.validation import empty_rows, needed_columns, validate
 from hpgr.data.vocabulary import Vocabulary, count, merge
 from hpgr.errors import ArtifactError, ConfigError, DataError, StoreError
@@ -401,7 +401,7 @@ def encode_bucket(bucket: int, data: Data, folder: Folder, cuts: splits.CutOffs 
     plain, items = folder.read_json("vocabulary.json"), folder.read_parquet("vocabulary.parquet")
     table = ordered_rows(bucket, folder)
     timelines = encode(table, Vocabulary.from_tables(items, plain), data, cuts)
-    folder.write_parquet(f"timelines/bucket-{bucket:05d}.parquet", timelines, dictionary=False)
+    write_timelines(folder, bucket, timelines)
     return int(timelines.num_rows)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from hpgr.artifacts import Folder
 from hpgr.config import Data, Feature
 from hpgr.data.hashing import hash_text
 from hpgr.data.ordering import moment_keys, run_starts, user_codes
@@ -75,32 +76,34 @@ def encode(table: pa.Table, vocabulary: Vocabulary, data: Data, cuts: CutOffs | 
     split = assign(targets, data.split, cuts)
     codes, time = user_codes(table), table.column(TIME).to_numpy()
     n_users = int(codes.max(initial=-1)) + 1
-    history = np.flatnonzero(_flags(table, IN_HISTORY))
+    first = np.searchsorted(codes, np.arange(n_users))
+    in_history = _flags(table, IN_HISTORY)
+    history, events = np.flatnonzero(in_history), offsets_of(in_history)
+    visible = events[run_starts(codes, time)] - events[first][codes]
+    listed = bool(targets.request.any())
     h_user, h_time = codes[history], time[history]
     ends = train_ends(targets, split, n_users, cuts)
     h_counts, t_counts = (np.bincount(u, minlength=n_users) for u in (h_user, targets.user))
-    h_start = offsets_of(h_counts)[:-1]
 
     encoded_items = vocabulary.item_indices(table.column(ITEM).combine_chunks())
     action = actions(table)
     encoded_actions = vocabulary.category_indices("action", action.dictionary)[action.indices.to_numpy()]
-    own = run_starts(targets.user, targets.time, np.where(targets.request == 0, targets.row, targets.request))
     columns: dict[str, Array] = {
         "h_item": encoded_items[history],
         "h_time": h_time,
         "h_action": encoded_actions[history],
-        "h_visible": run_starts(h_user, h_time) - h_start[h_user],
+        "h_visible": visible[history],
         "t_item": encoded_items[targets.row],
         "t_time": targets.time,
-        "t_visible": events_before(h_user, h_time, targets.user, targets.time),
+        "t_visible": events_before(h_user, h_time, targets.user, targets.time) if listed else visible[targets.row],
         "t_label": _labels(table)[targets.row],
         "t_split": split,
-        "t_request": np.where(targets.request == 0, -1, own),
+        "t_request": _first_of_list(targets) if listed else np.full(len(split), -1),
     }
     for stream, rows in (("h_", history), ("t_", targets.row)):
         columns[stream + "cat"], columns[stream + "num"] = feature_arrays(table, rows, stream, vocabulary, data)
     n_train = np.bincount(h_user[h_time < ends[h_user]], minlength=n_users)
-    users = _user_columns(table, codes, n_users) | {"train_end": ends, "n_train": n_train}
+    users = _user_columns(table, first) | {"train_end": ends, "n_train": n_train}
     return _to_lists(users, columns, h_counts, t_counts, data)
 
 
@@ -121,8 +124,13 @@ def _labels(table: pa.Table) -> Array:
     return table.column(LABEL).fill_null(-1).to_numpy().astype(np.int8)
 
 
-def _user_columns(table: pa.Table, codes: Ints, n_users: int) -> dict[str, Any]:
-    first = np.searchsorted(codes, np.arange(n_users))
+def _first_of_list(targets: Targets) -> Ints:
+    """Place of the first impression of each one's list, -1 for those of none: [I]."""
+    start = run_starts(targets.user, targets.time, np.where(targets.request == 0, targets.row, targets.request))
+    return np.where(targets.request == 0, -1, start)
+
+
+def _user_columns(table: pa.Table, first: Ints) -> dict[str, Any]:
     user = table.column(USER).take(pa.array(first)).combine_chunks().cast(pa.string())
     return {"user": user, "user_hash": hash_text(user)}
 
@@ -144,6 +152,13 @@ def feature_arrays(table: pa.Table, rows: Ints, stream: str, vocabulary: Vocabul
         np.stack([c[rows] for c in cat], 1) if cat else np.zeros((len(rows), 0), np.int32),
         np.stack([c[rows] for c in num], 1) if num else np.zeros((len(rows), 0), np.float32),
     )
+
+
+def write_timelines(folder: Folder, bucket: int, timelines: pa.Table) -> None:
+    """One file a bucket. Dictionaries of numbers are slow to make; lz4 of differences is as small as zstd of values."""
+    deltas = {f"{name}.list.element": "DELTA_BINARY_PACKED" for name in ("h_item", "h_time", "t_item", "t_time")}
+    folder.write_parquet(f"timelines/bucket-{bucket:05d}.parquet", timelines,
+                         compression="lz4", use_dictionary=False, column_encoding=deltas)  # fmt: skip
 
 
 def _to_lists(users: dict[str, Any], columns: dict[str, Array], h_counts: Ints, t_counts: Ints, data: Data) -> pa.Table:

@@ -66,8 +66,9 @@ def validate(raw: pa.Table, first_row: int, data: Data) -> Validated:
         ITEM: read_ids(raw, data.columns.item, "item", reasons),
         TIME: pa.array(read_times(raw.column(data.columns.time), data, reasons)),
         LABEL: _labels(raw, data, reasons),
-        ACTION: text_or_null(raw, data.columns.action),
     }
+    if data.columns.action is not None:
+        columns[ACTION] = text(raw, data.columns.action)
     if data.columns.request:
         columns[REQUEST] = pa.array(request_keys(raw, data.columns.request).view(np.int64))
     if data.columns.order is not None:
@@ -84,7 +85,8 @@ def validate(raw: pa.Table, first_row: int, data: Data) -> Validated:
 
 def empty_rows(data: Data) -> pa.Table:
     """No rows, with the canonical schema. Ids are spelled once each; what the log has no column of has none here."""
-    kinds = {USER: IDS, ITEM: IDS, TIME: pa.int64(), LABEL: pa.int8(), ACTION: pa.string()}
+    kinds = {USER: IDS, ITEM: IDS, TIME: pa.int64(), LABEL: pa.int8()}
+    kinds |= {ACTION: pa.string()} if data.columns.action is not None else {}
     kinds |= {REQUEST: pa.int64()} if data.columns.request else {}
     kinds |= {ORDER: pa.float64()} if data.columns.order is not None else {}
     for f in data.features:
@@ -97,11 +99,11 @@ def quarantine_table(raw: pa.Table, reasons: npt.NDArray[np.object_], first_row:
     """Rows that have a reason, as text: row, reason, values."""
     bad = np.flatnonzero(~unmarked(reasons))
     values = _printable(raw.take(pa.array(bad)))
-    text = pa.array([str(row) for row in values.to_pylist()], pa.string())
+    printed = pa.array([str(row) for row in values.to_pylist()], pa.string())
     return pa.table({
         "row": pa.array(bad + first_row, pa.int64()),
         "reason": pa.array(reasons[bad], pa.string()),
-        "values": text,
+        "values": printed,
     })  # fmt: skip
 
 
@@ -256,10 +258,8 @@ def _numbers(column: pa.ChunkedArray, name: str) -> npt.NDArray[np.float64]:
     return numbers
 
 
-def text_or_null(raw: pa.Table, name: str | None) -> pa.Array:
-    """A column as text, nulls where there is none of that name to read."""
-    if name is None:
-        return pa.nulls(raw.num_rows, pa.string())
+def text(raw: pa.Table, name: str) -> pa.Array:
+    """A column as text."""
     column = _plain(raw.column(name))
     if pa.types.is_nested(column.type) or pa.types.is_binary(column.type):
         raise DataError(f"column {name!r} is {column.type}; expected text or numbers")
@@ -270,7 +270,7 @@ def request_keys(raw: pa.Table, names: Sequence[str] | None) -> U64:
     """Key of the list an impression was shown in; 0 where there is none."""
     if not names:
         return np.zeros(raw.num_rows, np.uint64)
-    keys = [hash_text(text_or_null(raw, name)) for name in names]
+    keys = [hash_text(text(raw, name)) for name in names]
     return np.where(np.logical_and.reduce([k != 0 for k in keys]), combine(*keys), np.uint64(0))
 
 
@@ -283,7 +283,7 @@ def _order(raw: pa.Table, name: str, reasons: npt.NDArray[np.object_]) -> npt.ND
 def read_feature(raw: pa.Table, feature: Feature, reasons: npt.NDArray[np.object_]) -> pa.Array:
     """A side feature's canonical values: text, or numbers after their transform: [rows]."""
     if feature.kind == "categorical":
-        return text_or_null(raw, feature.column)
+        return text(raw, feature.column)
     column = _plain(raw.column(feature.column))
     numbers = _numbers(column, feature.column)
     _mark(

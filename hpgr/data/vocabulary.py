@@ -15,7 +15,22 @@ import pyarrow.compute as pc
 from hpgr.config import Data, Feature
 from hpgr.config import Vocabulary as VocabularyConfig
 from hpgr.data.hashing import U64, hash_items, spelled_once
-from hpgr.schema import ACTION, FEATURE_PREFIX, FIRST_OOV, IN_HISTORY, IS_TARGET, ITEM, LABEL, Array, Floats, Ints
+from hpgr.schema import (
+    ACTION,
+    FEATURE_PREFIX,
+    FIRST_OOV,
+    IN_HISTORY,
+    IS_TARGET,
+    ITEM,
+    LABEL,
+    ORDER,
+    REQUEST,
+    TIME,
+    USER,
+    Array,
+    Floats,
+    Ints,
+)  # fmt: skip
 
 ITEM_FIELD = "item"
 OF_ITEMS, OF_NUMBERS = ("shown", "clicked", "history"), ("sum", "squares")
@@ -26,7 +41,10 @@ MISSING, UNKNOWN = 0, 1
 
 def actions(table: pa.Table) -> pa.DictionaryArray:
     """Action text of each row: the mapped action and the label, whichever there are: [rows]. Spelled once a kind."""
-    action = pc.fill_null(table.column(ACTION), "").combine_chunks().dictionary_encode()
+    if ACTION in table.column_names:
+        action = pc.fill_null(table.column(ACTION), "").combine_chunks().dictionary_encode()
+    else:
+        action = pa.DictionaryArray.from_arrays(pa.array(np.zeros(table.num_rows, np.int32)), pa.array([""]))
     label = pc.fill_null(table.column(LABEL), -1).to_numpy().astype(np.int32) + 1
     labels = pa.array(["", "0", "1"])
     kind = np.arange(len(action.dictionary) * len(labels), dtype=np.int32)
@@ -42,8 +60,8 @@ def count(table: pa.Table, training: npt.NDArray[np.bool_], data: Data) -> pa.Ta
     `shown`, `clicked` and `history` count an item's impressions, clicks and events of histories; `sum` and `squares`
     are for numeric features.
     """
-    features = [FEATURE_PREFIX + feature.name for feature in data.features]
-    rows = table.select([ITEM, LABEL, ACTION, IN_HISTORY, IS_TARGET, *features]).filter(pa.array(training))
+    unused = [name for name in (USER, TIME, REQUEST, ORDER) if name in table.column_names]
+    rows = table.drop_columns(unused).filter(pa.array(training))
     parts = [_count_items(rows), _count_values("action", actions(rows))]
     for feature in data.features:
         column = rows.column(FEATURE_PREFIX + feature.name)

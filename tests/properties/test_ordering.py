@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+from unittest.mock import patch
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -9,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpgr.config import Data
-from hpgr.data.ordering import order_rows
+from hpgr.data import ordering
+from hpgr.data.hashing import U64, combine, hash_items, hash_text
 from hpgr.data.timelines import events_before
-from hpgr.data.validation import CONTENT, ITEM_HASH, USER_HASH, empty_rows
-from hpgr.schema import ORDER, TIME, USER
+from hpgr.data.validation import empty_rows
+from hpgr.schema import IN_HISTORY, IS_TARGET, ITEM, LABEL, ORDER, TIME, USER
 
 quick = settings(max_examples=150, deadline=None)
 FAR = 2**62 - 1
@@ -23,29 +27,46 @@ ROW = st.tuples(
 """User, time, order, item and content; few of each, so that all kinds of ties come."""
 
 
+DATA = Data.model_validate({"columns": {"order": "step"}})
+
+
+def colliding(values: pa.Array) -> U64:
+    """Hashes as ever, but users 2 and 3 share one, above all signed integers."""
+    words = values.to_pylist()
+    return np.where(np.isin(words, ["u2", "u3"]), np.uint64(2**63 + 2), hash_text(values))
+
+
 def canonical(rows: list[tuple[int, int, float, int, int]]) -> pa.Table:
-    empty = empty_rows(Data())
+    """Rows whose content is their label."""
+    empty = empty_rows(DATA)
     user, time, order, item, content = (list(c) for c in zip(*rows, strict=True)) if rows else [[]] * 5
-    given = {USER: [f"u{u}" for u in user], TIME: time, ORDER: order, CONTENT: content}
-    # Users 2 and 3 collide; a hash of 63 bits or more is above all signed integers.
-    given |= {USER_HASH: [2**63 + min(u, 2) for u in user], ITEM_HASH: [2**63 * i % 2**64 for i in item]}
-    columns = [given.get(f.name, [None] * len(rows)) for f in empty.schema]
+    given: dict[str, list[Any]] = {USER: [f"u{u}" for u in user], ITEM: [f"i{i}" for i in item], TIME: time}
+    given |= {ORDER: order, LABEL: content}
+    columns = [given.get(f.name, [True] * len(rows)) for f in empty.schema]
     return pa.Table.from_arrays(
         [pa.array(c, f.type) for c, f in zip(columns, empty.schema, strict=True)], schema=empty.schema
     )
+
+
+def keys_of(table: pa.Table) -> list[tuple[Any, ...]]:
+    """User's hash, user, time, order, hash of the item, and hash of what else a row says."""
+    user, item = (table.column(name).combine_chunks().cast(pa.string()) for name in (USER, ITEM))
+    flags = [table.column(name).to_numpy(zero_copy_only=False) for name in (LABEL, IN_HISTORY, IS_TARGET)]
+    order = table.column(ORDER)
+    content = combine(flags[0], order.to_numpy().view(np.uint64), *flags[1:])
+    columns = [colliding(user), user, table.column(TIME).to_numpy(), order.to_numpy(), hash_items(item), content]
+    return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
 @quick
 @given(st.lists(ROW, max_size=40))
 def test_rows_are_sorted_by_all_keys_once_each(rows: list[tuple[int, int, float, int, int]]) -> None:
     table = canonical(rows)
-    keys = list(zip(*(table.column(n).to_pylist() for n in (USER_HASH, USER, TIME, ORDER, ITEM_HASH, CONTENT)),
-                    strict=True))  # fmt: skip
-    ordered, duplicates = order_rows(table)
-    got = list(zip(*(ordered.column(n).to_pylist() for n in (USER_HASH, USER, TIME, ORDER, ITEM_HASH, CONTENT)),
-                   strict=True))  # fmt: skip
-    assert got == sorted(set(keys))
-    assert duplicates == len(keys) - len(got)
+    with patch.object(ordering, "hash_text", colliding):
+        ordered, duplicates = ordering.order_rows(table)
+    got = keys_of(ordered)
+    assert got == sorted(set(keys_of(table)))
+    assert duplicates == len(rows) - len(got)
 
 
 MOMENT = st.tuples(st.integers(0, 3), st.sampled_from([-FAR, -5, -1, 0, 1, 2, 3, FAR]))

@@ -19,7 +19,6 @@ from hpgr.data.masks import session_masks
 from hpgr.data.ordering import order_rows
 from hpgr.data.sessions import session_numbers, session_statistics
 from hpgr.data.timelines import encode, training_rows
-from hpgr.data.validation import empty_rows
 from hpgr.data.validation import validate as validate_rows
 from hpgr.data.vocabulary import Vocabulary, count
 from hpgr.data.windows import Windows, impression_windows, next_item_windows, training_windows
@@ -52,7 +51,7 @@ def table_of(log: list[list[tuple[int, int, int | None]]]) -> pa.Table:
         ]
     kinds = [("user_id", pa.string()), ("item_id", pa.string()), ("timestamp", pa.int64()), ("clicked", pa.int64())]
     raw = pa.Table.from_pylist(rows, schema=pa.schema([*kinds, ("price", pa.float64())]))
-    table, _ = order_rows(validate_rows(raw, 0, DATA).rows.cast(empty_rows(DATA).schema))
+    table, _ = order_rows(validate_rows(raw, 0, DATA).rows)
     counts = count(table, training_rows(table, DATA, None)[0], DATA)
     return encode(table, Vocabulary.from_counts(counts, DATA.vocabulary, DATA.features), DATA, None)
 
