@@ -60,6 +60,9 @@ class Stage2(Section):
     """Inherited item vectors shrink to their mean, which counts as this many events beside each item's own, and rare
     items are less relevant; 0 takes vectors as they are. Those of rare items would tell which training impressions were
     clicked."""
+    item_lr_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Learning rate of inherited item vectors, as a share of the stage's: clicks tell less of most items than stage 1
+    knows; 0 leaves them as they are. Without stage 1 there are none."""
     epochs: Count = 10
     """Most epochs."""
     patience: Count = 3

@@ -87,7 +87,7 @@ class _Loop:
     def __init__(self, stage: Stage, context: Context) -> None:
         self.stage, self.context = stage, context
         self.model = stage.model.to(context.device)
-        self.optimiser = make_optimiser(self.model, stage.optimiser)
+        self.optimiser = make_optimiser(self.model, stage.optimiser, stage.lr_shares)
         self.steps = sum(len(group.batches) for group in stage.stream.plan(0))
         self.schedule = make_schedule(self.optimiser, stage.optimiser, stage.epochs * self.steps)
         self.progress = Progress()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -11,16 +12,21 @@ from torch.optim.lr_scheduler import LambdaLR
 from hpgr.config import Optimiser
 
 
-def make_optimiser(model: nn.Module, config: Optimiser) -> torch.optim.AdamW:
-    """AdamW; weight decay acts on matrices of linear layers only, not on tables, biases or gains."""
+def make_optimiser(model: nn.Module, config: Optimiser, lr_shares: Mapping[str, float]) -> torch.optim.AdamW:
+    """AdamW; weight decay acts on matrices of linear layers only, not on tables, biases or gains.
+
+    `lr_shares` names parameters that learn at a share of the rate (Howard & Ruder 2018, discriminative fine-tuning).
+    """
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
-    decayed = [p for p in model.parameters() if id(p) in linear]
-    others = [p for p in model.parameters() if id(p) not in linear]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        decay = config.weight_decay if id(parameter) in linear else 0.0
+        groups.setdefault((decay, lr_shares.get(name, 1.0)), []).append(parameter)
+    settings = [
+        {"params": parameters, "weight_decay": decay, "lr": config.lr * share}
+        for (decay, share), parameters in groups.items()
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+    return torch.optim.AdamW(settings, lr=config.lr, fused=True)
 
 
 def make_schedule(optimiser: torch.optim.Optimizer, config: Optimiser, total_steps: int) -> LambdaLR:

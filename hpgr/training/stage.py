@@ -23,6 +23,8 @@ class Stage(Protocol):
     patience: int
     validate_every: int
     optimiser: Optimiser
+    lr_shares: dict[str, float]
+    """Parameters that learn at a share of the optimiser's rate."""
     stream: StreamSpec
 
     @property

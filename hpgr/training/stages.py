@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hpgr.config import Config, Optimiser
 from hpgr.data.stream import Source, StreamSpec
 from hpgr.evaluation import click_scores, rank_next_items, score
 from hpgr.metrics import ClickScores
-from hpgr.model.base import Negatives
+from hpgr.model.base import ITEM_TABLE, Negatives
 from hpgr.model.embedding import Sizes
 from hpgr.model.registry import click_model, item_model
 from hpgr.schema import Array
@@ -28,6 +29,7 @@ class ItemStage:
         stage = config.stage1
         self.epochs, self.patience, self.validate_every = stage.epochs, stage.patience or stage.epochs, 0
         self.optimiser: Optimiser = stage.optimiser
+        self.lr_shares: dict[str, float] = {}
         self.stream, self.validation = stream, validation
         self.filter_seen = config.evaluation.filter_seen
         self.model = item_model(config, sizes)
@@ -66,7 +68,14 @@ class ClickStage:
             stage.validate_every_steps,
         )
         self.optimiser, self.stream, self.validation = stage.optimiser, stream, validation
+        self.lr_shares: dict[str, float] = {}
+        self.shrinkage, self.item_lr_share = stage.shrinkage, stage.item_lr_share
         self.model = click_model(config, sizes)
+
+    def inherit(self, stage1: dict[str, Tensor], seen: Tensor) -> None:
+        """Begin from stage 1's parameters; `seen` as in `ClickModel.inherit`."""
+        self.model.inherit(stage1, seen, self.shrinkage)
+        self.lr_shares = {ITEM_TABLE: self.item_lr_share}
 
     def extras(self, step: int, device: torch.device) -> dict[str, Any]:
         """Nothing: candidates and labels are all the click loss needs."""

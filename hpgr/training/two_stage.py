@@ -20,7 +20,7 @@ from hpgr.data.preparation import Prepared
 from hpgr.data.stream import Source, StreamSpec
 from hpgr.errors import ArtifactError
 from hpgr.evaluation import click_scores, score, scoring_cost
-from hpgr.metrics import auc
+from hpgr.metrics import auc, click_rates
 from hpgr.model.base import ClickModel
 from hpgr.model.embedding import Sizes
 from hpgr.model.inputs import round_up
@@ -154,7 +154,7 @@ def _clicks(
     if stage1 is not None:
         weights = {k: v.cpu() for k, v in stage1.model.state_dict().items()}
         seen = torch.from_numpy(run.prepared.vocabulary().history)
-        stage.model.inherit(weights, seen, run.config.stage2.shrinkage)
+        stage.inherit(weights, seen)
     tested = partial(_test_click, run, worker, stage.model, items) if test else None
     found = _finish(run, worker, stage, out, tested)
     found["cost"], out["seconds"]["scoring_a_million"] = _cost(run, worker, stage.model)
@@ -283,7 +283,7 @@ def _test_click(run: Run, worker: Worker, model: ClickModel, items: pa.Table) ->
     if distributed.rank() == 0:
         run.folder.sub("stage2").write_parquet("test_scores.parquet", scores)
     label = scores.column("label").to_numpy()
-    rate = (per_item["clicked"] + 10 * run.sizes().base_rate) / (per_item["shown"] + 10)
+    rate = click_rates(per_item["clicked"], per_item["shown"], run.sizes().base_rate)
     baselines = {
         "item popularity": auc(per_item["count"].astype(float), label),
         "item click rate": auc(rate, label),

@@ -23,7 +23,7 @@ def stepped(steps: int, seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer
     """A small model after some steps of AdamW; one parameter never gets a gradient."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3), nn.Linear(3, 3))
-    optimiser = make_optimiser(model, Optimiser())
+    optimiser = make_optimiser(model, Optimiser(), {"0.weight": 0.5})
     for _ in range(steps):
         step(model, optimiser)
     return model, optimiser

@@ -31,6 +31,7 @@ FREE = {
     "model.pgsa.anchors": "live",
     "model.pgsa.summaries": 0,
     "stage2.shrinkage": 5.0,
+    "stage2.item_lr_share": 0.5,
     "stream.stride": 4,
     "stage2.epochs": 3,
     "stage2.optimiser.lr": 0.1,
