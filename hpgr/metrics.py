@@ -27,8 +27,6 @@ EPSILON = 1e-7
 CUTOFFS = (1, 5, 10, 20)
 """The k of HR@k and NDCG@k of the next-item ranking."""
 NO_REQUEST = -1
-PRIOR_IMPRESSIONS = 10
-"""Impressions at the base rate that an item's click rate begins with."""
 
 
 @dataclass(frozen=True)
@@ -151,11 +149,6 @@ class _Ties:
         positives, rows = self.per_group(self.clicks), self.per_group(self.size)
         rank_sums = self.per_group(self.clicks * (2 * self.start + self.size + 1))
         return rank_sums - positives * (positives + 1), positives, rows - positives
-
-
-def click_rates(clicked: Array, shown: Array, base_rate: float) -> Reals:
-    """Click rates of items that were clicked and shown so often, near the base rate where they were shown little."""
-    return np.asarray((clicked + PRIOR_IMPRESSIONS * base_rate) / (shown + PRIOR_IMPRESSIONS), np.float64)
 
 
 def auc(score: Array, label: Array) -> float | None:

@@ -24,8 +24,8 @@ class Pgsa(Section):
     anchors: Literal["frozen", "live"] = "frozen"
     """Item vectors that choose anchors: a frozen copy of stage 1's table, or the table being trained."""
     summaries: Natural = 4
-    """Averages of what the user did with the anchors of a candidate and of how liked these are by all, added to its
-    token, each at a learnt sharpness; 0 leaves them out. They do not depend on `enabled`, which is about attention."""
+    """Averages of what the user did with the anchors of a candidate, added to its token, each at a learnt sharpness;
+    0 leaves them out. They do not depend on `enabled`, which is about attention."""
     impl: Literal["reference", "gather", "triton", "auto"] = "auto"
     """How it is computed; scores agree to 1e-5. reference: weights over the whole history. gather: kept keys alone,
     time and memory linear in them. triton: the same as fused kernels, on a CUDA GPU with the package triton. auto: keys

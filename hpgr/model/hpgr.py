@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
-import pyarrow as pa
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpgr.config import Config
-from hpgr.metrics import click_rates
 from hpgr.model.base import ITEM_TABLE, Past, TokenClick
 from hpgr.model.embedding import Sizes
 from hpgr.model.hstu import HstuEncoder, KeyValue
@@ -78,7 +75,6 @@ class HpgrClick(HstuClick):
 
     anchor_table: Tensor
     trust: Tensor
-    liked: Tensor
 
     def __init__(self, config: Config, sizes: Sizes) -> None:
         super().__init__(config, sizes)
@@ -92,16 +88,7 @@ class HpgrClick(HstuClick):
         frozen = model.by_vectors and model.pgsa.anchors == "frozen"
         self.register_buffer("anchor_table", torch.zeros(sizes.items if frozen else 0, model.width))
         self.register_buffer("trust", torch.ones(sizes.items if model.by_vectors else 0, 1))
-        self.register_buffer("liked", torch.zeros(sizes.items if count else 0))
-        self.sizes = sizes
         number_sites(self)
-
-    def know_items(self, items: pa.Table) -> None:
-        """Log-odds of click rates in training time, of an item that nobody was shown 0: the base rate's."""
-        if len(self.liked):
-            clicked, shown = (items.column(name).to_numpy() for name in ("clicked", "shown"))
-            odds = torch.from_numpy(click_rates(clicked, shown, self.sizes.base_rate)).logit()
-            self.liked[self.sizes.first_item :] = odds - math.log(self.sizes.base_rate / (1 - self.sizes.base_rate))
 
     def inherit(self, stage1: dict[str, Tensor], seen: Tensor, shrinkage: float) -> None:
         """Take over stage 1's weights, and its item table as the frozen anchor vectors.
@@ -134,10 +121,7 @@ class HpgrClick(HstuClick):
         place, real = chosen or nearest(query, key, x.c_visible, pgsa.top_k, pgsa.impl)
         relevance = (query @ key.transpose(1, 2)).gather(-1, place)
         rows = torch.arange(x.h_item.shape[0], device=x.h_item.device)[:, None, None]
-        item = x.h_item[rows, place]
-        # A training impression is one of those that made its own item's rate: an anchor of that item tells none.
-        liked = self.liked[item] * (item != x.c_item[..., None])
-        return self.preference(relevance, x.h_action[rows, place], liked, real)
+        return self.preference(relevance, x.h_action[rows, place], real)
 
     def history_vectors(self, x: Inputs) -> Tensor | None:
         return self.anchor_vectors(x.h_item) if self.config.sparse else None

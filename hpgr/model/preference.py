@@ -17,12 +17,11 @@ SHARPEST, SOFTEST = 32.0, 2.0
 
 
 class PreferenceFeatures(nn.Module):
-    """Averages of what was done with a candidate's anchors, the nearer ones counting more, as a vector [D].
+    """Averages of the actions of a candidate's anchors, the nearer ones counting more, as a vector [D].
 
-    For each of T learnt sharpnesses b: sum over anchors k of softmax_k(b s_k) (e(action_k) + r_k e'), with s_k the
-    relevance that chose them (see `select_anchors`) and r_k how liked the anchor's item is by all: to like what
-    everyone likes says less. Attention could express this through its values, but has to learn to compare item vectors
-    first; here stage 1's comparison is there from the first step. It starts at zero.
+    For each of T learnt sharpnesses b: sum over anchors k of softmax_k(b s_k) e(action_k), with s_k the relevance that
+    chose them (see `select_anchors`). Attention could express this through its values, but has to learn to compare
+    item vectors first; here stage 1's comparison is there from the first step. It starts at zero.
     """
 
     def __init__(self, count: int, actions: int, width: int) -> None:
@@ -30,16 +29,14 @@ class PreferenceFeatures(nn.Module):
         ends = torch.tensor([SOFTEST, SHARPEST]).log()
         self.log_sharpness = nn.Parameter(torch.linspace(float(ends[0]), float(ends[1]), count))
         self.action = nn.Parameter(torch.zeros(count, actions, width))
-        self.liked = nn.Parameter(torch.zeros(count, width))
 
-    def forward(self, relevance: Tensor, action: Tensor, liked: Tensor, real: Tensor) -> Tensor:
-        """Relevance, action, r and reality of each candidate's anchors, [B, M, K] each -> [B, M, D]."""
+    def forward(self, relevance: Tensor, action: Tensor, real: Tensor) -> Tensor:
+        """Relevance, action and reality of each candidate's anchors, [B, M, K] each -> [B, M, D]."""
         logits = relevance[..., None, :] * self.log_sharpness.exp()[:, None]
         logits = logits.masked_fill(~real[..., None, :], torch.finfo(logits.dtype).min)
         share = logits.softmax(-1) * real[..., None, :]
         shares_of_actions = share @ F.one_hot(action, self.action.shape[1]).to(share.dtype)
-        of_all = (share @ liked[..., None])[..., 0] @ self.liked
-        return torch.einsum("bmta,tad->bmd", shares_of_actions, self.action) + of_all
+        return torch.einsum("bmta,tad->bmd", shares_of_actions, self.action)
 
 
 def nearest(query: Tensor, key: Tensor, visible: Tensor, top_k: int, impl: str) -> tuple[Tensor, Tensor]:

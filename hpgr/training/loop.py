@@ -219,9 +219,13 @@ class _Loop:
         if not math.isfinite(value):
             raise TrainingError(
                 f"{self.stage.name}: the {name} is {value} at epoch {step.epoch + 1}, step {step.step + 1} "
-                f"(learning rate {self.schedule.get_last_lr()[0]:.2e}); the weights before this step are kept. "
+                f"(learning rate {self._rate():.2e}); the weights before this step are kept. "
                 "Lower the stage's optimiser.lr, or raise optimiser.warmup_steps"
             )
+
+    def _rate(self) -> float:
+        """The stage's learning rate, of which some parameters may take a share."""
+        return float(max(self.schedule.get_last_lr()))
 
     def _validate(self) -> None:
         p, stage = self.progress, self.stage
@@ -235,7 +239,7 @@ class _Loop:
         known = {k: v for k, v in figures.items() if v is not None}
         sums = {
             "train_loss": p.loss_sum / max(1.0, p.loss_count),
-            "lr": float(self.schedule.get_last_lr()[0]),
+            "lr": self._rate(),
             "data_wait": p.waited / max(p.seconds, 1e-9),
         }
         p.curve.append({"stage": stage.name, "step": p.global_step, "epoch": p.epoch, **sums, "validation": figures})

@@ -20,7 +20,7 @@ from hpgr.data.preparation import Prepared
 from hpgr.data.stream import Source, StreamSpec
 from hpgr.errors import ArtifactError
 from hpgr.evaluation import click_scores, score, scoring_cost
-from hpgr.metrics import auc, click_rates
+from hpgr.metrics import auc
 from hpgr.model.base import ClickModel
 from hpgr.model.embedding import Sizes
 from hpgr.model.inputs import round_up
@@ -283,7 +283,7 @@ def _test_click(run: Run, worker: Worker, model: ClickModel, items: pa.Table) ->
     if distributed.rank() == 0:
         run.folder.sub("stage2").write_parquet("test_scores.parquet", scores)
     label = scores.column("label").to_numpy()
-    rate = click_rates(per_item["clicked"], per_item["shown"], run.sizes().base_rate)
+    rate = (per_item["clicked"] + 10 * run.sizes().base_rate) / (per_item["shown"] + 10)
     baselines = {
         "item popularity": auc(per_item["count"].astype(float), label),
         "item click rate": auc(rate, label),

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from helpers_model import SIZES, inputs, random_batch, shaken, tiny
@@ -20,7 +18,6 @@ def features(count: int = 3) -> PreferenceFeatures:
     torch.manual_seed(0)
     out = PreferenceFeatures(count, SIZES.actions, 8)
     torch.nn.init.normal_(out.action)
-    torch.nn.init.normal_(out.liked)
     return out
 
 
@@ -32,8 +29,7 @@ def test_summaries_equal_the_loop(impl: str) -> None:
     vectors = torch.nn.functional.normalize(torch.randn(SIZES.items, 8), dim=-1)
     query, key, rows = vectors[x.c_item], vectors[x.h_item], torch.arange(3)[:, None, None]
     place, real = nearest(query, key, x.c_visible, 4, impl)
-    liked = torch.randn(x.h_item.shape)
-    got = made((query @ key.transpose(1, 2)).gather(-1, place), x.h_action[rows, place], liked[rows, place], real)
+    got = made((query @ key.transpose(1, 2)).gather(-1, place), x.h_action[rows, place], real)
     pasts = set()
     for b in range(3):
         for m in range(6):
@@ -45,8 +41,7 @@ def test_summaries_equal_the_loop(impl: str) -> None:
                 sharpness = math.exp(float(made.log_sharpness[t].detach()))
                 powers = [math.exp(sharpness * float(query[b, m] @ key[b, j])) for j in near]
                 for j, power in zip(near, powers, strict=True):
-                    said = made.action[t, x.h_action[b, j]] + liked[b, j] * made.liked[t]
-                    expected += power / sum(powers) * said.detach()
+                    expected += power / sum(powers) * made.action[t, x.h_action[b, j]].detach()
             torch.testing.assert_close(got[b, m].detach(), expected, rtol=1e-4, atol=1e-5)
     assert {0, 5} < pasts
 
@@ -54,12 +49,11 @@ def test_summaries_equal_the_loop(impl: str) -> None:
 def test_they_start_at_nothing_and_learn() -> None:
     x, made = inputs(random_batch(2, 8, 3)), PreferenceFeatures(4, SIZES.actions, 8)
     action, real = x.h_action[:, None, :5].expand(-1, 3, -1), torch.ones(2, 3, 5, dtype=torch.bool)
-    out = made(torch.rand(2, 3, 5), action, torch.rand(2, 3, 5), real)
+    out = made(torch.rand(2, 3, 5), action, real)
     assert not out.any()
     out.sum().backward()
-    for parameter in (made.action, made.liked):
-        assert parameter.grad is not None
-        assert parameter.grad.any()
+    assert made.action.grad is not None
+    assert made.action.grad.any()
     assert made.log_sharpness.detach().exp()[[0, -1]].tolist() == pytest.approx([2.0, 32.0])
 
 
@@ -78,33 +72,6 @@ def test_summaries_belong_to_hpgr_with_or_without_sparse_attention() -> None:
     assert not any("preference" in name for name in names)
 
 
-def test_how_liked_anchors_are_is_read_but_never_of_the_candidates_own_item() -> None:
-    """A training impression is one of those its item's click rate is made of."""
-    torch.manual_seed(0)
-    model = shaken(click_model(tiny(model={"pgsa": {"anchors": "live", "top_k": 12}}), SIZES))
-    x = inputs(random_batch(3, 12, 5))
-    x.h_item[0], x.c_item[0, 0], x.c_visible[0, 0] = torch.arange(4, 16), 15, 12
-    with torch.no_grad():
-        before = model(x).scores[0, 0]
-        model.liked[15] = 3.0
-        assert model(x).scores[0, 0] == before
-        model.liked[14] = 3.0
-        assert model(x).scores[0, 0] != before
-
-
-def test_how_liked_items_are_is_of_training_time_and_nothing_for_unseen_ones() -> None:
-    model = click_model(tiny(), SIZES)
-    n = SIZES.items - SIZES.first_item
-    shown, clicked = np.full(n, 40), np.zeros(n, np.int64)
-    shown[0], clicked[1] = 0, 40
-    model.know_items(pa.table({"shown": shown, "clicked": clicked}))
-    rate = (clicked + 10 * SIZES.base_rate) / (shown + 10)
-    expected = np.log(rate / (1 - rate)) - math.log(SIZES.base_rate / (1 - SIZES.base_rate))
-    assert not model.liked[: SIZES.first_item + 1].any()
-    np.testing.assert_allclose(model.liked[SIZES.first_item :], expected, rtol=1e-4, atol=1e-6)
-    assert model.liked[SIZES.first_item + 1] > 0 > model.liked[SIZES.first_item + 2]
-
-
 def test_forms_agree() -> None:
     torch.testing.assert_close(scores(impl="reference"), scores(impl="gather"), rtol=1e-4, atol=1e-5)
 
@@ -118,8 +85,11 @@ def test_a_candidates_summaries_do_not_depend_on_what_others_see() -> None:
         visible = torch.full((2, 4), others)
         visible[0, 0] = 50
         place, real = nearest(query, key, visible, 32, "auto")
-        relevance, told = (query @ key.transpose(1, 2)).gather(-1, place), action[torch.arange(2)[:, None, None], place]
-        got.append(made(relevance, told, told / 7, real)[0, 0])
+        got.append(
+            made((query @ key.transpose(1, 2)).gather(-1, place), action[torch.arange(2)[:, None, None], place], real)[
+                0, 0
+            ]
+        )
     assert torch.equal(*got)
 
 
