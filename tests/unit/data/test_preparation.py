@@ -212,6 +212,24 @@ def test_popularity_does_not_depend_on_the_future(prepare_log: Make) -> None:
         assert (all_[name][: len(values)] if isinstance(values, list) else all_[name]) == values
 
 
+def test_ids_of_quarantined_rows_alone_are_nowhere(prepare_log: Make) -> None:
+    """Ids are told once a block, those of bad rows too."""
+    bad = [{"user_id": "b", "item_id": "x", "timestamp": -(10**12), "clicked": 1}] * 3
+    found, expected = prepare_log(A + bad, name="bad"), prepare_log(A)
+    assert found.manifest["account"]["quarantined"] == 3
+    assert users(found) == users(expected)
+    assert vocabulary(found) == vocabulary(expected)
+
+
+def test_times_and_items_are_written_as_differences(prepare_log: Make) -> None:
+    """Parquet's writer passes over names it does not know."""
+    prepared = prepare_log(A)
+    path = Path(prepared.folder.uri) / "timelines/bucket-00000.parquet"
+    columns = pq.ParquetFile(path).metadata.row_group(0).to_dict()["columns"]
+    packed = {c["path_in_schema"].partition(".")[0] for c in columns if "DELTA_BINARY_PACKED" in c["encodings"]}
+    assert packed == {"h_item", "h_time", "t_item", "t_time"}
+
+
 def test_vocabulary_keeps_the_frequent(prepare_log: Make) -> None:
     assert vocabulary(prepare_log(LATE, vocabulary={"min_count": 6})) == ["i0"]
     assert vocabulary(prepare_log(LATE, vocabulary={"max_items": 2})) == ["i0", "i1"]

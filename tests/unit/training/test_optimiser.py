@@ -43,21 +43,22 @@ def table_of(run: Run, stage: str) -> Tensor:
     return from_bytes(weights(run, stage))[ITEM_TABLE]
 
 
-def trained(folder: Path, share: float, pretrained: bool) -> Run:
+def trained(folder: Path, share: float, pretrained: bool) -> tuple[Run, list[float]]:
+    """A run of HSTU and the learning rates that it tells of."""
     stages = {"stage1": {"enabled": pretrained, "epochs": 1}, "stage2": {"epochs": 1, "item_lr_share": share}}
-    run = make_run(log_config(folder, model={"pgsa": {"anchors": "live"}}, **stages), folder / "run")
-    train(run, worker(), test=False)
-    return run
+    run = make_run(log_config(folder, model={"name": "hstu"}, **stages), folder / "run")
+    return run, [point["lr"] for point in train(run, worker(), test=False)["curves"]]
 
 
 def test_inherited_item_vectors_learn_slowly_and_others_do_not(tmp_path: Path) -> None:
-    moved = {}
+    moved, rates = {}, {}
     for share in (0.0, 0.1, 1.0):
-        run = trained(tmp_path / str(share), share, pretrained=True)
+        run, rates[share] = trained(tmp_path / str(share), share, pretrained=True)
         seen = torch.from_numpy(run.prepared.vocabulary().history)
         inherited = shrunk(table_of(run, "stage1"), seen, run.config.stage2.shrinkage)
         moved[share] = float((table_of(run, "stage2") - inherited).abs().mean())
+    assert rates[0.0] == rates[0.1] == rates[1.0], "what is told is the stage's own rate"
     assert moved[0.0] == 0
     assert 0 < moved[0.1] < moved[1.0] / 2
-    ours, theirs = (trained(tmp_path / f"alone-{share}", share, pretrained=False) for share in (0.0, 1.0))
+    (ours, _), (theirs, _) = (trained(tmp_path / f"alone-{share}", share, pretrained=False) for share in (0.0, 1.0))
     assert torch.equal(table_of(ours, "stage2"), table_of(theirs, "stage2"))
