@@ -22,7 +22,6 @@ import ray
 import ray.data
 
 from hpgr.data.stream import Item, Step, StreamSpec, items_of, produce, step_of
-from hpgr.on_ray.parallel import unbudgeted
 from hpgr.on_ray.session import quieten
 
 FIRST_CHUNK = 8
@@ -75,7 +74,11 @@ class RaySource:
         if not pieces:
             return []
         quieten()
-        unbudgeted(ray.data.DataContext.get_current()).execution_options.preserve_order = True
+        context = ray.data.DataContext.get_current()
+        context.execution_options.preserve_order = True
+        # Budgets come from what Ray Data knows of the cluster, nothing for the first seconds of each pipeline (2.60):
+        # until then it runs one task at a time. A chunk's output is bounded, so it goes without.
+        context.op_resource_reservation_enabled = False
         data = ray.data.from_items([piece._asdict() for piece in pieces], override_num_blocks=len(pieces))
         make = partial(_produce, spec=spec, rank=self.rank, world=self.world)
         return data.map_batches(
