@@ -39,8 +39,8 @@ class RayExecute:
     """An `Execute` (see hpgr.data.preparation) over the cluster: one task an item, all asked for at once.
 
     A pass is short and its files are named by its items, so tasks alone do: a Ray Data pipeline around them took a
-    quarter longer (10 million rows, 2 cores). A task that a node took with it runs again. After a failure the tasks that
-    wait are left to run, or to end with the driver: to cancel one that is just ending aborts the driver (Ray 2.60).
+    quarter longer (10 million rows, 2 cores). A task that a node took with it runs again. After a failure the tasks
+    that wait are left to run, or to end with the driver: to cancel one that is just ending aborts the driver (2.60).
     """
 
     say: Callable[[str], None]
