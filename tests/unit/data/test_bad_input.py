@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers_log import check_account
 
+from hpgr.artifacts import FORMAT
 from hpgr.data.preparation import in_process, prepare
 from hpgr.errors import ArtifactError, DataError, HpgrError, StoreError
 
@@ -327,7 +328,7 @@ def test_prepared_log_of_another_version_is_refused(
     prepared = prepare_log(log())
     prepared.folder.write_json("manifest.json", prepared.manifest | {"format": 99})
     message = refused(str(tmp_path / "log.parquet"), ArtifactError)
-    assert "has format 99, this version reads 2; use another folder" in message
+    assert f"has format 99, this version reads {FORMAT}; use another folder" in message
 
 
 @pytest.mark.parametrize("content", [b"", b'{"format": 1, ', b"\x00\x01"])
