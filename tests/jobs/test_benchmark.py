@@ -100,9 +100,9 @@ def test_peers_sort_and_sessionise(way: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_prepare_without_peers(benchmark: Benchmark) -> None:
-    figures, _ = benchmark("prepare --rows 3000 --rounds 1 --peers=")
-    assert figures["rows_per_second"]["3000"]["prepare"]["median"] > 0
-    assert figures["peak_mb"]["3000"]["prepare"] > 0
+    figures, _ = benchmark("prepare --rows 300000 --rounds 1 --peers=")
+    assert figures["rows_per_second"]["300000"]["prepare"]["median"] > 0
+    assert figures["peak_mb"]["300000"]["prepare"] > 0
 
 
 @pytest.mark.parametrize("peer", ["", *step.PEERS])
