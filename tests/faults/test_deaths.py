@@ -144,7 +144,8 @@ def task(kind: str, alone: Job, environment: dict[str, str]) -> Task:
                           "run/stage2/checkpoints/*/checksums.json"),
         "batch_score": Task(lambda f: batch_score(f, alone.folder, **environment), "ray::MapWorker",
                             "scores/_commits/*.json"),
-        "prepare": Task(lambda f: prepare(f, "data.synthetic.users=3000", **environment), "ray::ReadRange",
+        # Scan or sort.
+        "prepare": Task(lambda f: prepare(f, "data.synthetic.users=3000", **environment), "ray::s",
                         "prepared/*/staging/*", elsewhere=False),
         "tune": Task(lambda f: tune(f, **environment), "ray::ImplicitFunc", "run/trials/*/stage2/checkpoints/*"),
     }[kind]  # fmt: skip
