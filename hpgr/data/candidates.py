@@ -24,7 +24,7 @@ import pyarrow.ipc as ipc
 
 from hpgr.artifacts import Folder
 from hpgr.config import Data, Feature
-from hpgr.data.hashing import combine, hash_items, hash_text
+from hpgr.data.hashing import combine, hash_items, value_keys
 from hpgr.data.preparation import dealt, writing
 from hpgr.data.sources import Fragment, SourceFile, find_files, fragments, open_parquet, read
 from hpgr.data.timelines import TARGET_ROLES
@@ -258,14 +258,10 @@ def _candidate_times(raw: pa.Table, data: Data, layout: Layout, reasons: Any) ->
 
 def _hashed(rows: pa.Table, data: Data, layout: Layout) -> pa.Table:
     """Hashes that order and compare candidates; `content` covers time, request and features."""
-    time = pc.fill_null(rows.column(TIME), np.iinfo(np.int64).min).to_numpy()
-    keys = [time, rows.column(REQUEST).to_numpy()]
-    for f in layout.given(data):
-        column = rows.column(FEATURE_PREFIX + f.name)
-        categorical = f.kind == "categorical"
-        keys.append(hash_text(column) if categorical else pc.fill_null(column, -1e300).to_numpy().view(np.uint64))
+    names = [TIME, REQUEST, *(FEATURE_PREFIX + f.name for f in layout.given(data))]
+    content = combine(*(value_keys(rows.column(name)) for name in names))
     rows = rows.append_column(ITEM_HASH, pa.array(hash_items(rows.column(ITEM))))
-    return rows.append_column(CONTENT, pa.array(combine(*keys)))
+    return rows.append_column(CONTENT, pa.array(content))
 
 
 def distinct(rows: pa.Table, user: Ints) -> tuple[pa.Table, Ints, int]:

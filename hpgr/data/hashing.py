@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 U64 = npt.NDArray[np.uint64]
 
@@ -52,3 +53,13 @@ def hash_text(values: pa.Array | pa.ChunkedArray) -> U64:
     table = np.append(pd.util.hash_array(words.astype(object), categorize=False), np.uint64(0))
     codes = encoded.indices.fill_null(len(words)).to_numpy(zero_copy_only=False)
     return np.asarray(table[codes], np.uint64)
+
+
+def value_keys(column: pa.ChunkedArray) -> U64:
+    """Numbers to combine that are equal where values of a column, text, numbers or booleans, are: [rows]."""
+    if pa.types.is_string(column.type):
+        return hash_text(column)
+    if pa.types.is_floating(column.type):
+        return np.asarray(pc.fill_null(column, -1e300).to_numpy().view(np.uint64))
+    whole = pc.fill_null(column.cast(pa.int64()), np.iinfo(np.int64).min)
+    return np.asarray(whole.to_numpy().view(np.uint64))

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from hpgr.data.hashing import U64, combine, hash_items, hash_text, spelled_once
+from hpgr.data.hashing import combine, hash_items, hash_text, spelled_once, value_keys
 from hpgr.schema import ITEM, ORDER, TIME, USER, Array, Ints
 
 
@@ -41,16 +40,7 @@ def tie_keys(table: pa.Table) -> list[Array]:
     """
     order = [table.column(ORDER).to_numpy()] if ORDER in table.column_names else []
     others = [name for name in table.column_names if name not in (USER, ITEM, TIME)]
-    return [*order, hash_items(table.column(ITEM)), combine(*(_content(table.column(name)) for name in others))]
-
-
-def _content(column: pa.ChunkedArray) -> U64:
-    """Numbers that are equal where values are: [rows]."""
-    if pa.types.is_string(column.type):
-        return hash_text(column)
-    if pa.types.is_floating(column.type):
-        return np.asarray(pc.fill_null(column, -1e300).to_numpy().view(np.uint64))
-    return np.asarray(pc.fill_null(column.cast(pa.int64()), -1).to_numpy().view(np.uint64))
+    return [*order, hash_items(table.column(ITEM)), combine(*(value_keys(table.column(name)) for name in others))]
 
 
 def moment_keys(user: Ints, time: Ints) -> Ints:

@@ -278,7 +278,7 @@ def _raw(bucket: int, fragment: Fragment) -> str:
 def scan(fragment: Fragment, data: Data, folder: Folder, buckets: int) -> dict[str, Any]:
     """Validate a fragment and deal its rows to bucket files by user hash; returns its account."""
     rows, reasons, bad = 0, Counter[str](), []
-    schema, ids = empty_rows(data).schema, (USER, ITEM)
+    schema = empty_rows(data).schema
     with ExitStack() as stack:
         writers: dict[int, ipc.RecordBatchStreamWriter] = {}
         for raw, first in read(fragment, needed_columns(data)):
@@ -292,7 +292,7 @@ def scan(fragment: Fragment, data: Data, folder: Folder, buckets: int) -> dict[s
                 if bucket not in writers:
                     writers[bucket] = stack.enter_context(ipc_writer(folder, _raw(bucket, fragment), schema))
                 part = good.slice(starts[bucket], starts[bucket + 1] - starts[bucket])
-                for i in map(schema.get_field_index, ids):
+                for i in map(schema.get_field_index, (USER, ITEM)):
                     part = part.set_column(i, schema.field(i), _own_words(part.column(i).combine_chunks()))
                 writers[bucket].write_table(part)
     if bad:

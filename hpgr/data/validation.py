@@ -266,7 +266,7 @@ def text(raw: pa.Table, name: str) -> pa.Array:
     return column.cast(pa.string()).combine_chunks()
 
 
-def request_keys(raw: pa.Table, names: Sequence[str] | None) -> U64:
+def request_keys(raw: pa.Table, names: Sequence[str]) -> U64:
     """Key of the list an impression was shown in; 0 where there is none."""
     if not names:
         return np.zeros(raw.num_rows, np.uint64)

@@ -15,22 +15,7 @@ import pyarrow.compute as pc
 from hpgr.config import Data, Feature
 from hpgr.config import Vocabulary as VocabularyConfig
 from hpgr.data.hashing import U64, hash_items, spelled_once
-from hpgr.schema import (
-    ACTION,
-    FEATURE_PREFIX,
-    FIRST_OOV,
-    IN_HISTORY,
-    IS_TARGET,
-    ITEM,
-    LABEL,
-    ORDER,
-    REQUEST,
-    TIME,
-    USER,
-    Array,
-    Floats,
-    Ints,
-)  # fmt: skip
+from hpgr.schema import ACTION, FEATURE_PREFIX, FIRST_OOV, IN_HISTORY, IS_TARGET, ITEM, LABEL, Array, Floats, Ints
 
 ITEM_FIELD = "item"
 OF_ITEMS, OF_NUMBERS = ("shown", "clicked", "history"), ("sum", "squares")
@@ -60,8 +45,7 @@ def count(table: pa.Table, training: npt.NDArray[np.bool_], data: Data) -> pa.Ta
     `shown`, `clicked` and `history` count an item's impressions, clicks and events of histories; `sum` and `squares`
     are for numeric features.
     """
-    unused = [name for name in (USER, TIME, REQUEST, ORDER) if name in table.column_names]
-    rows = table.drop_columns(unused).filter(pa.array(training))
+    rows = table.filter(pa.array(training))
     parts = [_count_items(rows), _count_values("action", actions(rows))]
     for feature in data.features:
         column = rows.column(FEATURE_PREFIX + feature.name)

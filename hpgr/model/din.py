@@ -56,6 +56,7 @@ class DinClick(TokenClick):
         return Past([(self.events.history(x, noise),)])
 
     def read(self, past: Past, x: Inputs, noise: Noise | None = None, shares: list[Tensor] | None = None) -> Tensor:
+        """As in `ClickModel`; it has no attention shares to show."""
         assert shares is None, "attention shares are shown for hstu and hpgr"
         (h,) = next(iter(past.shown))
         c = self.candidates(x, noise)

@@ -48,6 +48,7 @@ class LogisticClick(ClickModel):
         return Past([])
 
     def read(self, past: Past, x: Inputs, noise: Noise | None = None, shares: list[Tensor] | None = None) -> Tensor:
+        """As in `ClickModel`; it has no attention shares to show."""
         assert shares is None, "attention shares are shown for hstu and hpgr"
         logit = self.popular(self.popularity[x.c_item]) + self._gap(x)
         logit = logit + self.features(x.c_cat, x.c_num, self.sizes.t_cat, self.sizes.t_num)

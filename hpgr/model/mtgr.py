@@ -112,6 +112,7 @@ class MtgrClick(TokenClick):
                 live = block.update(live, own_live, keys, bias, live_sees, noise, REAL_TIME)
 
     def read(self, past: Past, x: Inputs, noise: Noise | None = None, shares: list[Tensor] | None = None) -> Tensor:
+        """As in `ClickModel`; it has no attention shares to show."""
         assert shares is None, "attention shares are shown for hstu and hpgr"
         c = self.candidates(x, noise)
         weights = torch.cat(live_masks(x, *self._of_candidates(x)), -1)

@@ -17,6 +17,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 SAY_EVERY_SECONDS, SAY_SHARE = 5.0, 0.2
 """A line of progress comes after so many seconds, and after this share of the time before: long passes speak less."""
+LOOK_EVERY_SECONDS = 1.0
+"""A look costs as much as there are tasks; a failure shows this late, the end at once."""
 
 
 class _Failed(NamedTuple):
@@ -38,9 +40,9 @@ def _call(function: Callable[[Any], Any], item: Any) -> Any:
 class RayExecute:
     """An `Execute` (see hpgr.data.preparation) over the cluster: one task an item, all asked for at once.
 
-    A pass is short and its files are named by its items, so tasks alone do: a Ray Data pipeline around them took a
-    quarter longer (10 million rows, 2 cores). A task that a node took with it runs again. After a failure the tasks
-    that wait are left to run, or to end with the driver: to cancel one that is just ending aborts the driver (2.60).
+    A pass is short and its files are named by its items, so tasks alone do, and a Ray Data pipeline around them would
+    only take time. A task that a node took with it runs again. After a failure the tasks that wait are left to run, or
+    to end with the driver: to cancel one that is just ending aborts the driver (Ray 2.60).
     """
 
     say: Callable[[str], None]
@@ -58,7 +60,7 @@ class RayExecute:
         results: dict[int, Any] = {}
         try:
             while left:
-                for done in ray.wait(list(left), timeout=SAY_EVERY_SECONDS)[0]:
+                for done in ray.wait(list(left), num_returns=len(left), timeout=LOOK_EVERY_SECONDS)[0]:
                     result = ray.get(done)
                     if isinstance(result, _Failed):
                         raise getattr(hpgr.errors, result.kind)(result.message)
