@@ -6,7 +6,7 @@ Shapes: B rows, Q queries (history events or candidates), N history events, D wi
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from hpgr.errors import ConfigError
 from hpgr.model.gather import Links, gather_pays, link
 from hpgr.model.inputs import Inputs
 from hpgr.model.pgsa import cap_weights, gaussian_weights, select_anchors
-from hpgr.model.select import Kept, select_keys
+from hpgr.model.select import Kept, most_slots, select_keys, select_weights
 from hpgr.model.timing import time_bucket
 
 
@@ -105,12 +105,13 @@ def relate_sparsely(
     (query, key), n = vectors, x.h_item.shape[1]
     if impl == "reference":
         return relate(x, *queries, sparse_weights(query, key, queries.visible, config.pgsa), config, window)
-    kept = keep(query, key, queries.visible, config.pgsa)
-    if impl == "triton":
-        return relate_kept(x, queries, kept, config, window, fused=True)
-    if impl == "gather" or gather_pays(n, kept.index.shape[-1], key.device):
-        return relate_kept(x, queries, kept, config, window)
-    return replace(relate(x, *queries, kept.dense(n), config, window), kept=kept)
+    pgsa = config.pgsa
+    slots = most_slots(n, pgsa.top_k, pgsa.sigma, pgsa.max_keys)
+    if impl == "auto" and not gather_pays(n, slots, key.device):
+        weights = select_weights(query, key, queries.visible, pgsa.top_k, pgsa.sigma, pgsa.max_keys)
+        return relate(x, *queries, weights, config, window)
+    kept = keep(query, key, queries.visible, pgsa)
+    return relate_kept(x, queries, kept, config, window, fused=impl == "triton")
 
 
 def check_triton(device: torch.device) -> None:

@@ -21,7 +21,7 @@ from hpgr.model.inputs import Inputs
 from hpgr.model.pgsa import cap_weights, gaussian_weights, select_anchors
 from hpgr.model.registry import click_model
 from hpgr.model.relation import Queries, relate_sparsely
-from hpgr.model.select import Kept, most_slots, select_anchors_in_tiles, select_keys
+from hpgr.model.select import Kept, most_slots, select_anchors_in_tiles, select_keys, select_weights
 
 SIGMAS = st.sampled_from([0.0, 0.05, 0.2, 0.7, 1.0, 3.0, 40.0])
 CAPS = st.sampled_from([None, 1, 2, 5, 64, 500])
@@ -71,7 +71,8 @@ def test_kept_keys_and_weights_are_the_references() -> None:
         visible, top_k, n = drawn[2], drawn[3], drawn[1].shape[1]
         weights = cap_weights(gaussian_weights(*select_anchors(*drawn), visible, n, sigma), cap)
         kept = select_keys(*drawn, sigma, cap)
-        assert torch.equal(kept.dense(n), weights)
+        assert torch.equal(whole(kept, n), weights)
+        assert torch.equal(select_weights(*drawn, sigma, cap), weights)
         assert torch.equal(kept.count(), (weights > 0).sum(-1))
         assert int(kept.count().max()) <= kept.index.shape[-1] == most_slots(n, top_k, sigma, cap)
         assert (kept.weight.diff(dim=-1) <= 0).all()
@@ -94,6 +95,16 @@ def test_blocks_find_the_anchors_of_a_long_history(causal: bool) -> None:
     assert set(same.tolist()) <= set(a[0, -1].tolist())
 
 
+def test_wide_gaussians_over_a_long_history() -> None:
+    """Distances that a byte does not hold."""
+    generator = torch.Generator().manual_seed(0)
+    key = F.normalize(torch.randn(2, 700, 16, generator=generator), dim=-1)
+    visible = torch.randint(0, 701, (2, 700), generator=generator)
+    weights = gaussian_weights(*select_anchors(key, key, visible, 2), visible, 700, 100.0)
+    for cap in (None, 150):
+        assert torch.equal(select_weights(key, key, visible, 2, 100.0, cap), cap_weights(weights, cap))
+
+
 def test_the_cap_by_hand() -> None:
     weights = torch.tensor([[[0.5, 1.0, 0.5, 0.0, 0.25, 0.5, 1.0]]])
     assert cap_weights(weights, 3).tolist() == [[[0, 1, 0, 0, 0, 0.5, 1]]]
@@ -109,6 +120,11 @@ def test_the_worst_case_is_reached() -> None:
     query, visible = vectors[:, [10]], torch.tensor([[60]])
     for sigma, cap, expected in ((1.0, None, 3 * 7), (2.0, None, 3 * 13), (2.0, 8, 8), (0.0, None, 3)):
         assert int(select_keys(query, vectors, visible, 3, sigma, cap).count()) == expected
+
+
+def whole(kept: Kept, n: int) -> Tensor:
+    """Kept keys' weights over the whole history: [B, Q, N]."""
+    return kept.weight.new_zeros(*kept.weight.shape[:2], n).scatter_add_(-1, kept.index, kept.weight)
 
 
 def drawn_attention(b: int, h: int, q: int, n: int, e: int, seed: int) -> tuple[list[Tensor], Kept]:
@@ -138,7 +154,7 @@ def test_attention_over_kept_keys_equals_the_reference(b: int, h: int, q: int, n
             pairs = bias.gather(-1, kept.index[:, None].expand(-1, h, -1, -1))
             out = attend_kept(queries, k, v, (k_self, v_self), pairs, own, links)
         else:
-            out = attend(queries, k, v, (k_self, v_self), bias, own, kept.dense(n))
+            out = attend(queries, k, v, (k_self, v_self), bias, own, whole(kept, n))
         factor = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view(out.shape)
         gradients = torch.autograd.grad((out * factor).sum(), tensors)
         results.append([out, *gradients])
