@@ -183,10 +183,11 @@ class Data(Section):
 class Stream(Section):
     session_gap_minutes: Positive = 30.0
     """A session ends where the user's next event is further away than this."""
-    window: Annotated[int, Field(ge=2)] = 200
+    window: Annotated[int, Field(ge=2)] = 400
     """Longest history the model sees at once, in events."""
-    stride: Count = 100
-    """Long timelines are cut into windows this far apart; an impression sees window - stride events or more."""
+    stride: Count | None = None
+    """Long timelines are cut into windows this far apart; an impression sees window - stride events or more. null: half
+    the window."""
     batch_tokens: Count = 4096
     """Token budget of a global batch (padding counted, all workers together)."""
     group_tokens: Count = 4_000_000
@@ -194,6 +195,11 @@ class Stream(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Stream:
-        if self.stride >= self.window:
+        if self.spacing >= self.window:
             raise ValueError(f"stride {self.stride} must be less than window {self.window}")
         return self
+
+    @property
+    def spacing(self) -> int:
+        """Events from one window to the next."""
+        return self.window // 2 if self.stride is None else self.stride

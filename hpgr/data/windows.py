@@ -76,7 +76,7 @@ def impression_windows(timelines: Timelines, stream: Stream, bucket: int, split:
     piece = (np.arange(len(chosen)) - run) // stream.window
     first = np.flatnonzero(np.diff(run_starts(run, piece), prepend=-1) > 0) if len(chosen) else np.zeros(0, np.int64)
     last = np.append(first[1:], len(chosen))[: len(first)] - 1
-    start = step[first] * stream.stride
+    start = step[first] * stream.spacing
     stop = np.maximum(start, seen[last])
     inside = timelines.t_offsets[user[first]]
     return _build(timelines, bucket, user[first], start, stop, chosen[first] - inside, chosen[last] + 1 - inside)
@@ -84,7 +84,7 @@ def impression_windows(timelines: Timelines, stream: Stream, bucket: int, split:
 
 def _step(seen: Ints, stream: Stream) -> Ints:
     """How many strides before its window starts are skipped by whoever has so many past events."""
-    return np.maximum(0, -(-(seen - stream.window) // stream.stride))
+    return np.maximum(0, -(-(seen - stream.window) // stream.spacing))
 
 
 def serving_windows(timelines: Timelines, stream: Stream, row: Ints, seen: Ints) -> tuple[Windows, Ints, Ints]:
@@ -102,7 +102,7 @@ def serving_windows(timelines: Timelines, stream: Stream, row: Ints, seen: Ints)
     run = run_starts(row[order], step[order])
     first = np.flatnonzero(run == np.arange(len(run)))
     bounds = np.append(first, len(run))
-    start = step[order][first] * stream.stride
+    start = step[order][first] * stream.spacing
     stop, nothing = seen[order][bounds[1:] - 1], np.zeros(len(first), np.int64)
     return _build(timelines, 0, row[order][first], start, stop, nothing, nothing), order, bounds
 

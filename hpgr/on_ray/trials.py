@@ -125,7 +125,7 @@ def run_of(config: Config, folder: Folder, stage1: str, place: Place) -> Run:
 def index_of(config: Config, place: Place) -> Folder:
     """Folder of the windows that a configuration cuts."""
     cut = config.stream
-    return Folder(place.index).sub(f"{cut.window}-{cut.stride}-{config.evaluation.next_item_users}")
+    return Folder(place.index).sub(f"{cut.window}-{cut.spacing}-{config.evaluation.next_item_users}")
 
 
 def _trained(run: Run, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:

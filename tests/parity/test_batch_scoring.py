@@ -217,7 +217,7 @@ def test_anchors_equal_a_plain_selection(finished: Finished, timelines: pa.Table
     for p in range(len(pairs)):
         own = slice(ends[p] - anchors.lengths[p], ends[p])
         seen = int(pairs.visible[p])
-        start = max(0, -(-(seen - stream.window) // stream.stride)) * stream.stride
+        start = max(0, -(-(seen - stream.window) // stream.spacing)) * stream.spacing
         first = int(t.h_offsets[pairs.row[p]])
         window = slice(first + start, first + seen)
         vectors = model.anchor_vectors(torch.from_numpy(t.h_item[window].astype(np.int64))).double()

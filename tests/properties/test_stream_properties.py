@@ -208,7 +208,7 @@ def test_every_impression_is_in_one_window_and_sees_enough(log: list[Any], strea
             past = timelines.t_visible[targets]
             inside = past - w.start[i]
             assert (inside <= w.stop[i] - w.start[i]).all()
-            assert (inside >= np.minimum(past, stream.window - stream.stride + 1)).all()
+            assert (inside >= np.minimum(past, stream.window - stream.spacing + 1)).all()
             seen = timelines.h_time[h + w.start[i] : h + w.stop[i]]
             for target, n in zip(targets, inside, strict=True):
                 assert (seen[:n] < timelines.t_time[target]).all()
