@@ -57,8 +57,8 @@ class Pairs:
 class Relation:
     """How queries relate to the history, the same in every layer.
 
-    `weights` are attention weights [B, Q, N], 0 where the query must not look, or the kept keys. `kept` is the choice
-    they were made of, in index form, where it was chosen so.
+    `weights` are attention weights [B, Q, N], 0 where the query must not look, or the kept keys; `kept` is then
+    the choice that they were made of.
     """
 
     pairs: Pairs

@@ -2,7 +2,8 @@
 
 Shapes: B rows, Q queries, N history events, D item vector width, K anchors, S slots for kept keys, T queries of a tile.
 
-A tile sees the history up to its last visible event, so causal queries cost half, and no [Q, N] tensor outlives it.
+A tile sees the history up to its last visible event, so causal queries cost half, and no [Q, N] tensor outlives it
+but the weights of `select_weights`, which is for short histories.
 Of long histories the K best blocks of events are found first, by their best event, and the anchors inside them:
 an event of the top K cannot be in another block, as K blocks would each hold an event that comes before it.
 """
