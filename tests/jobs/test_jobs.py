@@ -245,7 +245,8 @@ def test_submission_as_typed(tmp_path: Path) -> None:
     head = call(ray, "start", "--head", "--num-cpus=2", "--port=6465", "--dashboard-port=8365")
     assert head.returncode == 0, head.stderr
     try:
-        _wait(lambda: call(ray, "job", "list").returncode == 0)
+        # Jobs can be listed some seconds before the head's agent is there to start one ("No available agent").
+        _wait(lambda: call(ray, "job", "submit", "--", "true").returncode == 0)
         before = set((ROOT / "runs").glob("synthetic-*"))
         literal = call(ray, "job", "submit", "jobs/two_stage.py")
         assert literal.returncode == 0, literal.stdout[-3000:]
