@@ -29,7 +29,9 @@ GAPS = st.sampled_from([0, 0, 1, 60, 1799, 1800, 1801, 90_000])
 EVENT = st.tuples(GAPS, st.integers(0, 5), st.sampled_from([0, 1, 1, None]))
 LOGS = st.lists(st.lists(EVENT, min_size=1, max_size=25), min_size=1, max_size=6)
 STREAMS = st.integers(2, 9).flatmap(
-    lambda window: st.builds(lambda stride: Stream(window=window, stride=stride), st.integers(1, window - 1))
+    lambda window: st.builds(
+        lambda stride: Stream(window=window, stride=stride), st.none() | st.integers(1, window - 1)
+    )
 )
 DATA = Data.model_validate(
     {

@@ -198,6 +198,11 @@ def test_tree_survives_dump_and_yaml(raw: dict[str, Any], tmp_path: Path) -> Non
     assert to_yaml(load_config(path)) == to_yaml(config)
 
 
+def test_windows_are_half_of_one_apart_unless_told() -> None:
+    for stream, spacing in (({"window": 2}, 1), ({"window": 201}, 100), ({"window": 201, "stride": 7}, 7)):
+        assert validate({"stream": stream}).stream.spacing == spacing
+
+
 def test_rule_values_keep_their_type() -> None:
     rules = [{"column": "a", "value": v} for v in (True, 1, 1.5, "1", "true")]
     again = validate(dump(validate({"data": {"history": [rules]}})))
