@@ -4,7 +4,7 @@ Shapes: B rows, H heads, Q queries, N history events, E head width, S slots; R =
 
 Bytes decide: a query's program reads its S keys and values once (S E numbers each, bf16 as they come), its slots and
 bias, and writes E numbers; nothing of size R S but the bias and, for gradients, two float32 arrays goes through memory.
-Sums are float32. Gradients of keys are summed key by key in the order of `Links.by_key`, so no atomic addition and no
+Sums are float32. Gradients of keys are summed key by key in the order of `Links.by_event`, so no atomic addition and no
 order that changes from run to run. Import needs triton; kernels run on CUDA, or on a CPU under TRITON_INTERPRET=1.
 """
 
@@ -26,11 +26,11 @@ SLOTS = 32
 
 
 @triton.jit
-def _slots(q_r, k, v, bias, key, weight, r, s, e, scale, heads, queries, slots, E: tl.constexpr):
+def _slots(q_r, k, v, bias, index, weight, r, s, e, scale, heads, queries, n, slots, E: tl.constexpr):
     """Weights, keys, values and biased dot products of slots s of query r; zeros where a slot is unused."""
-    shared = (r // (heads * queries)) * queries + r % queries  # weights are the same for all heads
-    w = tl.load(weight + shared * slots + s, mask=s < slots, other=0.0)
-    place = tl.load(key + r * slots + s, mask=s < slots, other=0)
+    shared = ((r // (heads * queries)) * queries + r % queries) * slots + s  # the choice is the same for all heads
+    w = tl.load(weight + shared, mask=s < slots, other=0.0)
+    place = (r // queries) * n + tl.load(index + shared, mask=s < slots, other=0)
     used = (w > 0)[:, None] & (e < E)[None, :]
     k_s = tl.load(k + place[:, None] * E + e[None, :], mask=used, other=0.0).to(tl.float32)
     v_s = tl.load(v + place[:, None] * E + e[None, :], mask=used, other=0.0).to(tl.float32)
@@ -39,7 +39,7 @@ def _slots(q_r, k, v, bias, key, weight, r, s, e, scale, heads, queries, slots, 
 
 
 @triton.jit
-def _forward(q, k, v, bias, key, weight, out, scale, heads, queries, slots,
+def _forward(q, k, v, bias, index, weight, out, scale, heads, queries, n, slots,
              E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
     """out[r] = sum_s w_s SiLU(<q_r, k_s> scale + b_s) v_s, a program a query."""
     r = tl.program_id(0).to(tl.int64)
@@ -48,13 +48,13 @@ def _forward(q, k, v, bias, key, weight, out, scale, heads, queries, slots,
     total = tl.zeros([BLOCK_E], tl.float32)
     for first in range(0, slots, BLOCK_S):
         s = first + tl.arange(0, BLOCK_S)
-        w, _, v_s, z = _slots(q_r, k, v, bias, key, weight, r, s, e, scale, heads, queries, slots, E)
+        w, _, v_s, z = _slots(q_r, k, v, bias, index, weight, r, s, e, scale, heads, queries, n, slots, E)
         total += tl.sum((w * z * tl.sigmoid(z))[:, None] * v_s, 0)
     tl.store(out + r * E + e, total, mask=e < E)
 
 
 @triton.jit
-def _backward_of_queries(q, k, v, bias, key, weight, grad, grad_q, kept, grad_z, scale, heads, queries, slots,
+def _backward_of_queries(q, k, v, bias, index, weight, grad, grad_q, kept, grad_z, scale, heads, queries, n, slots,
                          E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
     """grad_q; of each slot, w SiLU(z) and the gradient of z, which is the bias's too. A program a query."""
     r = tl.program_id(0).to(tl.int64)
@@ -64,7 +64,7 @@ def _backward_of_queries(q, k, v, bias, key, weight, grad, grad_q, kept, grad_z,
     total = tl.zeros([BLOCK_E], tl.float32)
     for first in range(0, slots, BLOCK_S):
         s = first + tl.arange(0, BLOCK_S)
-        w, k_s, v_s, z = _slots(q_r, k, v, bias, key, weight, r, s, e, scale, heads, queries, slots, E)
+        w, k_s, v_s, z = _slots(q_r, k, v, bias, index, weight, r, s, e, scale, heads, queries, n, slots, E)
         gate = tl.sigmoid(z)
         d_z = tl.sum(v_s * g_r[None, :], 1) * w * gate * (1 + z * (1 - gate))
         tl.store(kept + r * slots + s, w * z * gate, mask=s < slots)
@@ -74,17 +74,19 @@ def _backward_of_queries(q, k, v, bias, key, weight, grad, grad_q, kept, grad_z,
 
 
 @triton.jit
-def _backward_of_keys(q, grad, kept, grad_z, order, query, start, grad_k, grad_v, scale,
+def _backward_of_keys(q, grad, kept, grad_z, order, start, grad_k, grad_v, scale, heads, queries, n, slots,
                       E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr):  # fmt: skip
     """grad_k and grad_v: sums over the pairs that keep a key, in their order. A program a key."""
     c = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, BLOCK_E)
     d_k, d_v = tl.zeros([BLOCK_E], tl.float32), tl.zeros([BLOCK_E], tl.float32)
-    stop = tl.load(start + c + 1)
-    for first in range(tl.load(start + c), stop, BLOCK_P):
+    event = start + (c // (heads * n)) * n + c % n
+    stop = tl.load(event + 1)
+    for first in range(tl.load(event), stop, BLOCK_P):
         p = first + tl.arange(0, BLOCK_P)
-        slot = tl.load(order + p, mask=p < stop, other=0)
-        r = tl.load(query + p, mask=p < stop, other=0)
+        pair = tl.load(order + p, mask=p < stop, other=0)
+        r = (c // n) * queries + (pair // slots) % queries
+        slot = r * slots + pair % slots
         there = (p < stop)[:, None] & (e < E)[None, :]
         q_p = tl.load(q + r[:, None] * E + e[None, :], mask=there, other=0.0).to(tl.float32)
         g_p = tl.load(grad + r[:, None] * E + e[None, :], mask=there, other=0.0).to(tl.float32)
@@ -120,7 +122,9 @@ class _Fused(torch.autograd.Function):
         out = q.new_empty(q.shape, dtype=torch.float32)
         ctx.save_for_backward(q, k, v, bias)
         ctx.links = links
-        _forward[(len(q),)](q, k, v, bias, links.key, links.weight, out, *_sizes(q, bias), **_blocks(q, "S"))
+        _forward[(len(q),)](
+            q, k, v, bias, links.index, links.weight, out, *_sizes(bias, links, q), **_blocks(q, "S")
+        )  # fmt: skip
         return out
 
     @staticmethod
@@ -128,19 +132,20 @@ class _Fused(torch.autograd.Function):
         """Gradients of q, k, v and the bias; none of links."""
         (q, k, v, bias), links, grad = ctx.saved_tensors, ctx.links, grad.contiguous()
         kept, grad_z, grad_q = torch.empty_like(bias), torch.empty_like(bias), torch.empty_like(q)
+        sizes = _sizes(bias, links, q)
         _backward_of_queries[(len(q),)](
-            q, k, v, bias, links.key, links.weight, grad, grad_q, kept, grad_z, *_sizes(q, bias), **_blocks(q, "S")
+            q, k, v, bias, links.index, links.weight, grad, grad_q, kept, grad_z, *sizes, **_blocks(q, "S")
         )
-        grad_k, grad_v, by = torch.empty_like(k), torch.empty_like(v), links.by_key
-        start = F.pad(by.start, (0, 1), value=len(by.order))
+        grad_k, grad_v = torch.empty_like(k), torch.empty_like(v)
         _backward_of_keys[(len(k),)](
-            q, grad, kept, grad_z, by.order, by.query, start, grad_k, grad_v, _sizes(q, bias)[0], **_blocks(q, "P")
-        )
+            q, grad, kept, grad_z, *links.by_event, grad_k, grad_v, *sizes, **_blocks(q, "P")
+        )  # fmt: skip
         return grad_q, grad_k, grad_v, grad_z, None
 
 
-def _sizes(q: Tensor, bias: Tensor) -> tuple[float, int, int, int]:
-    return 1 / math.sqrt(q.shape[1]), bias.shape[1], bias.shape[2], bias.shape[3]
+def _sizes(bias: Tensor, links: Links, q: Tensor) -> tuple[float, int, int, int, int]:
+    _, heads, queries, slots = bias.shape
+    return 1 / math.sqrt(q.shape[1]), heads, queries, links.events, slots
 
 
 def _blocks(q: Tensor, of: str) -> dict[str, int]:

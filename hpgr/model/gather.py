@@ -46,16 +46,23 @@ def gather_pays(n: int, slots: int, device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Links:
-    """Kept keys, once for every row and head as one block-diagonal matrix.
+    """Kept keys of B rows of Q queries over histories of N events, the same in every layer and head.
 
-    `key` [B H Q, S] counts over all rows and heads ((b H + h) N + j); `weight` [B, Q, S], 0 where a slot is unused;
-    `keys` is B H N; `fused` asks for Triton's kernels.
+    `index` and `weight` [B, Q, S] as in `Kept`, weight 0 where a slot is unused; `fused` asks for Triton's kernels.
     """
 
-    key: Tensor
+    index: Tensor
     weight: Tensor
-    keys: int
+    events: int
+    heads: int
     fused: bool = False
+
+    @cached_property
+    def key(self) -> Tensor:
+        """As one block-diagonal matrix of all rows and heads: places (b H + h) N + j, [B H Q, S]."""
+        rows, queries, slots = self.index.shape
+        block = torch.arange(rows * self.heads, device=self.index.device).view(rows, self.heads, 1, 1) * self.events
+        return (self.index[:, None] + block).view(rows * self.heads * queries, slots)
 
     @cached_property
     def start(self) -> Tensor:
@@ -64,13 +71,23 @@ class Links:
 
     @cached_property
     def by_key(self) -> ByKey:
-        """The pairs in use in order of keys; made for gradients alone."""
-        heads = len(self.key) // self.weight[..., 0].numel()
-        used = (self.weight > 0).repeat_interleave(heads, 0).flatten().nonzero()[:, 0]
+        """The pairs in use in order of keys, of all heads; made for gradients alone."""
+        used = (self.weight > 0).repeat_interleave(self.heads, 0).flatten().nonzero()[:, 0]
         key = self.key.flatten()[used]
         order = used[torch.sort(key, stable=True).indices]
-        count = torch.bincount(key, minlength=self.keys)
+        count = torch.bincount(key, minlength=len(self.index) * self.heads * self.events)
         return ByKey(order, order // self.key.shape[1], count.cumsum(0) - count)
+
+    @cached_property
+    def by_event(self) -> tuple[Tensor, Tensor]:
+        """The same for one head: places among the [B Q S] slots in order of events, and where each of the B N events
+        begins and the last one ends, [B N + 1]; unused slots come after that. Nothing here waits for a GPU."""
+        rows, keys = len(self.index), len(self.index) * self.events
+        block = torch.arange(rows, device=self.index.device)[:, None, None] * self.events
+        event = torch.where(self.weight > 0, self.index + block, keys).flatten().to(torch.int32)
+        ordered = torch.sort(event, stable=True)
+        every = torch.arange(keys + 1, device=event.device, dtype=torch.int32)
+        return ordered.indices, torch.searchsorted(ordered.values, every)
 
 
 @dataclass(frozen=True)
@@ -83,11 +100,8 @@ class ByKey:
 
 
 def link(kept: Kept, n: int, heads: int, fused: bool = False) -> Links:
-    """Kept keys of B rows of Q queries over histories of N events."""
-    rows, queries, slots = kept.index.shape
-    block = torch.arange(rows * heads, device=kept.index.device).view(rows, heads, 1, 1) * n
-    key = (kept.index[:, None] + block).view(rows * heads * queries, slots)
-    return Links(key, kept.weight, rows * heads * n, fused)
+    """Kept keys over histories of N events, for attention with so many heads."""
+    return Links(kept.index, kept.weight, n, heads, fused)
 
 
 def attend_kept(

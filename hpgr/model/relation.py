@@ -110,8 +110,9 @@ def relate_sparsely(
     if impl == "auto" and not gather_pays(n, slots, key.device):
         weights = select_weights(query, key, queries.visible, pgsa.top_k, pgsa.sigma, pgsa.max_keys)
         return relate(x, *queries, weights, config, window)
-    kept = keep(query, key, queries.visible, pgsa)
-    return relate_kept(x, queries, kept, config, window, fused=impl == "triton")
+    fused = impl == "triton"
+    kept = keep(query, key, queries.visible, pgsa, fused)
+    return relate_kept(x, queries, kept, config, window, fused)
 
 
 def check_triton(device: torch.device) -> None:
@@ -130,6 +131,6 @@ def sparse_weights(query: Tensor, key: Tensor, visible: Tensor, pgsa: Pgsa) -> T
     return cap_weights(gaussian_weights(anchors, real, visible, key.shape[1], pgsa.sigma), pgsa.max_keys)
 
 
-def keep(query: Tensor, key: Tensor, visible: Tensor, pgsa: Pgsa) -> Kept:
+def keep(query: Tensor, key: Tensor, visible: Tensor, pgsa: Pgsa, fused: bool = False) -> Kept:
     """The same in index form, the fast way: [B, Q, S]."""
-    return select_keys(query, key, visible, pgsa.top_k, pgsa.sigma, pgsa.max_keys)
+    return select_keys(query, key, visible, pgsa.top_k, pgsa.sigma, pgsa.max_keys, fused)

@@ -26,6 +26,8 @@ TILE = 1 << 19
 TILE_WHOLE = 1 << 17
 """... and of histories that are searched whole on a CPU, where each is read and written often: what stays in a core's
 own cache. Both measured on two cores."""
+TILE_GPU = 1 << 25
+"""... and on a GPU, where few launches count."""
 BLOCK = 16
 """Events of a block; histories of fewer than two blocks an anchor are searched whole."""
 FAR = 1 << 40
@@ -61,7 +63,13 @@ def most_slots(n: int, top_k: int, sigma: float, max_keys: int | None) -> int:
 
 
 def select_keys(
-    query: Tensor, key: Tensor, visible: Tensor, top_k: int, sigma: float, max_keys: int | None = None
+    query: Tensor,
+    key: Tensor,
+    visible: Tensor,
+    top_k: int,
+    sigma: float,
+    max_keys: int | None = None,
+    fused: bool = False,
 ) -> Kept:
     """Kept keys and their weights: those of `gaussian_weights` around `select_anchors`, capped by `cap_weights`.
 
@@ -72,9 +80,16 @@ def select_keys(
         top_k: anchors a query.
         sigma: width of the Gaussians in events.
         max_keys: most keys a query, or None.
+        fused: by Triton's kernels.
     """
     n, queries = key.shape[1], query.shape[1]
     slots = most_slots(n, top_k, sigma, max_keys)
+    if fused:
+        from hpgr.model import fused_select  # needs triton
+
+        with torch.no_grad():
+            anchors = fused_select.choose_anchors(query, key, visible, min(top_k, n))
+            return Kept(*fused_select.spread_anchors(anchors, visible, n, sigma, slots))
     index = torch.zeros(len(key), queries, slots, dtype=torch.int64, device=key.device)
     weight = torch.zeros(index.shape, device=key.device)
     with torch.no_grad():
@@ -147,7 +162,7 @@ def _anchor_tiles(query: Tensor, key: Tensor, visible: Tensor, top_k: int) -> It
 def _relevance_tiles(query: Tensor, key: Tensor, visible: Tensor, top_k: int) -> Iterator[tuple[slice, Tensor]]:
     """Queries of a tile and their relevances over the history up to the last event that one of them sees: [B, T, N]."""
     rows, n = len(key), key.shape[1]
-    most = TILE_WHOLE if _searched_whole(n, top_k) and key.device.type == "cpu" else TILE
+    most = TILE_GPU if key.device.type != "cpu" else TILE_WHOLE if _searched_whole(n, top_k) else TILE
     size = max(1, most // max(1, rows * n))
     key64 = key.double().transpose(1, 2)
     seen = visible.amax(0)

@@ -7,6 +7,11 @@ baseline: dense attention in causal tiles of queries that are computed again for
 memory. A step holds as many events whatever their length, as a training batch does, so short histories come several at
 a time. Peak memory is that of a process that runs one step, beyond what it held before.
 
+On a GPU the step is in bf16 (autocast) and the baseline a fused dense kernel without the bias, `dense_kernel`; maps in
+memory (`dense`) are measured as far as they fit. `parts` are the milliseconds of one layer's kernels and of the choice,
+with the floating-point operations or bytes that each needs a second; `limits` what the GPU reached on a large matrix
+product and a large copy in the same run.
+
 Threads wait for one another many times a step. Where other programs use the cores, that wait is what two threads
 measure: take `--threads 1` there, and read the ratios of processor time.
 """
@@ -14,6 +19,7 @@ measure: take `--threads 1` there, and read the ratios of processor time.
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import os
 import re
@@ -41,9 +47,10 @@ from hpgr.schema import SECOND
 
 Say = Callable[[str], None]
 ITEMS = 5000
-WAYS = {"cpu": ("dense", "tiled_dense", "auto", "gather"), "cuda": ("dense", "tiled_dense", "auto", "gather", "triton")}
+WAYS = {"cpu": ("dense", "tiled_dense", "auto", "gather"), "cuda": ("dense_kernel", "triton", "dense", "auto")}
 TILE = 1 << 20
 """Query-key pairs of a tile."""
+LENGTHS, LENGTHS_ON_GPU = "200,1024,4096,8192", "2048,4096,8192,16384,32768"
 Measured = dict[str, dict[str, dict[str, float]]]
 """By length, then by way: median, least and greatest."""
 
@@ -51,8 +58,10 @@ Measured = dict[str, dict[str, dict[str, float]]]
 def arguments(parser: argparse.ArgumentParser) -> None:
     """What is built and measured."""
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--lengths", default="200,1024,4096,8192", help="history lengths, separated by commas")
-    parser.add_argument("--tokens", type=int, default=4096, help="events a step, at least one history")
+    parser.add_argument("--lengths", help="history lengths, separated by commas (200 to 8192; on a GPU 2048 to 32768)")
+    parser.add_argument("--tokens", type=int, help="events a step, at least one history (4096; on a GPU 32768)")
+    parser.add_argument("--width", type=int, help="of the model (64; on a GPU 256)")
+    parser.add_argument("--heads", type=int, help="of attention (2; on a GPU 4)")
     parser.add_argument("--threads", type=int, help="of torch (default: the cores)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of the ways")
     parser.add_argument("--top-k", type=int, default=32)
@@ -62,36 +71,48 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, say: Say) -> dict[str, Any]:
     """Measure every length; returns the figures."""
+    cuda = options.device == "cuda"
     pgsa = {"top_k": options.top_k, "sigma": options.sigma, "max_keys": options.max_keys}
-    config = validate({"model": {"width": 64, "heads": 2, "layers": 2, "dropout": 0.0, "pgsa": pgsa}})
+    size = {"width": options.width or (256 if cuda else 64), "heads": options.heads or (4 if cuda else 2)}
+    config = validate({"model": {**size, "layers": 2, "dropout": 0.0, "pgsa": pgsa}})
     threads = options.threads or os.cpu_count() or 1
-    lengths = [int(n) for n in options.lengths.split(",")]
-    cases = {n: Case(config.model, n, max(1, options.tokens // n), options.device, threads) for n in lengths}
+    lengths = [int(n) for n in (options.lengths or (LENGTHS_ON_GPU if cuda else LENGTHS)).split(",")]
+    tokens = options.tokens or (32768 if cuda else 4096)
+    cases = {n: Case(config.model, n, max(1, tokens // n), options.device, threads) for n in lengths}
     seconds: Measured = {}
     processor: Measured = {}
     memory: dict[str, dict[str, float]] = {}
     for n, case in cases.items():
         seconds[str(n)], processor[str(n)] = turns(case, options.rounds)
-        memory[str(n)] = {way: apart(case, way) for way in WAYS[case.device]}
-        middle = {way: seconds[str(n)][way]["median"] for way in WAYS[case.device]}
-        say(f"attention: {n}: " + ", ".join(f"{w} {t:.3f} s {memory[str(n)][w]:,.0f} MB" for w, t in middle.items()))
+        memory[str(n)] = {way: (peak_mb if cuda else apart)(case, way) for way in seconds[str(n)]}
+        middle = {way: of["median"] for way, of in seconds[str(n)].items()}
+        say(f"attention: {n}: " + ", ".join(f"{w} {t:.4f} s {memory[str(n)][w]:,.0f} MB" for w, t in middle.items()))
     events = {str(n): n * case.rows for n, case in cases.items()}
+    base = "dense_kernel" if cuda else "dense"
     return {
-        "ratios": ratios(seconds, "auto"),
-        "gather_ratios": ratios(seconds, "gather"),
-        **({"triton_ratios": ratios(seconds, "triton")} if options.device == "cuda" else {}),
-        "ratios_over_tiled_dense": ratios(seconds, "auto", "tiled_dense"),
-        "ratios_by_cpu_time": ratios(processor, "auto"),
-        "memory_ratios": {n: ways["dense"] / max(ways["auto"], 0.1) for n, ways in memory.items()},
+        "ratios": ratios(seconds, "auto", base),
+        **({} if cuda else {"gather_ratios": ratios(seconds, "gather")}),
+        **({"triton_ratios": ratios(seconds, "triton", base)} if cuda else {}),
+        **({} if cuda else {"ratios_over_tiled_dense": ratios(seconds, "auto", "tiled_dense")}),
+        **({} if cuda else {"ratios_by_cpu_time": ratios(processor, "auto")}),
+        "memory_ratios": {n: ways[base] / max(ways["auto"], 0.1) for n, ways in memory.items()},
         "kilobytes_an_event": {n: {w: mb * 1e3 / events[n] for w, mb in ways.items()} for n, ways in memory.items()},
         "peak_mb": memory,
         "seconds": seconds,
-        "cpu_seconds": processor,
+        **({} if cuda else {"cpu_seconds": processor}),
+        **(on_gpu(cases) if cuda else {}),
         "rows": {str(n): case.rows for n, case in cases.items()},
         "settings": {"rounds": options.rounds, "device": options.device, "threads": threads}
         | {"model": dump(config)["model"]},
         "machine": machine(),
     }  # fmt: skip
+
+
+def on_gpu(cases: dict[int, Case]) -> dict[str, Any]:
+    """Where the time goes, and what the GPU can do."""
+    from hpgr.on_ray.benchmarks.attention_parts import limits, parts  # needs triton
+
+    return {"limits": limits(), "parts": {str(n): parts(case.model, case.inputs()) for n, case in cases.items()}}
 
 
 def ratios(measured: Measured, way: str, baseline: str = "dense") -> dict[str, float]:
@@ -113,7 +134,7 @@ class Case:
         """What runs one step, forward and backward, in the way of a name."""
         torch.set_num_threads(self.threads)
         torch.manual_seed(0)
-        x = histories(self.n, self.rows, self.device)
+        x = self.inputs()
         encoder = HstuEncoder(self.model, self.n).to(self.device)
         tokens = torch.randn(self.rows, self.n, self.model.width, device=self.device, requires_grad=True)
         table = F.normalize(torch.randn(ITEMS, self.model.width, device=self.device), dim=-1)
@@ -123,16 +144,23 @@ class Case:
             """Forward and backward in one way."""
             encoder.zero_grad()
             tokens.grad = None
-            if way == "tiled_dense":
-                state = encoded_in_tiles(encoder, tokens, x, self.model)
-            else:
-                state = encoded(encoder, tokens, self.relation(x, table, way))
-            loss = (state * target).sum()
+            with torch.autocast("cuda", torch.bfloat16, enabled=self.device == "cuda"):
+                if way == "tiled_dense":
+                    state = encoded_in_tiles(encoder, tokens, x, self.model)
+                elif way == "dense_kernel":
+                    state = encoded_by_kernel(encoder, tokens, x)
+                else:
+                    state = encoded(encoder, tokens, self.relation(x, table, way))
+                loss = (state * target).sum()
             torch.autograd.backward(loss)
             if self.device == "cuda":
                 torch.cuda.synchronize()
 
         return step
+
+    def inputs(self) -> Inputs:
+        """The histories."""
+        return histories(self.n, self.rows, self.device)
 
     def relation(self, x: Inputs, table: Tensor, way: str) -> Relation:
         """What queries see, its choice included."""
@@ -164,6 +192,19 @@ def encoded(encoder: HstuEncoder, tokens: Tensor, relation: Relation) -> Tensor:
     return tokens
 
 
+def encoded_by_kernel(encoder: HstuEncoder, tokens: Tensor, x: Inputs) -> Tensor:
+    """The same by the fused dense kernel, without the bias of distances and ages."""
+    from hpgr.on_ray.benchmarks.dense_kernel import DenseKernel  # needs triton
+
+    for layer in cast("list[HstuLayer]", encoder.layers):
+        u, v, q, k = layer.uvqk(tokens)
+        own = F.silu((q * k).sum(-1, keepdim=True) / math.sqrt(q.shape[-1]) + layer.bias.own[:, None, None])
+        past: Tensor = DenseKernel.apply(q, k, v)  # type: ignore[no-untyped-call]
+        mixed = (past + own * v) / (1 + x.h_visible)[:, None, :, None]
+        tokens = tokens + layer.out(layer.norm_out(mixed.transpose(1, 2).flatten(2)) * u)
+    return tokens
+
+
 def encoded_in_tiles(encoder: HstuEncoder, tokens: Tensor, x: Inputs, model: Model) -> Tensor:
     """The same by dense attention, a tile of queries at a time over the keys up to its end."""
     rows, n = x.h_item.shape
@@ -190,14 +231,20 @@ def one_tile(layer: HstuLayer, vqk: list[Tensor], x: Inputs, tile: slice, model:
 
 
 def turns(case: Case, rounds: int) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
-    """Seconds, and processor seconds, of a step in each way, by turns; the first round warms up."""
+    """Seconds, and processor seconds, of a step in each way, by turns; the first round warms up. A way that a GPU has
+    no memory for is left out."""
     step = case.build()
     seconds: dict[str, list[float]] = {way: [] for way in WAYS[case.device]}
     processor: dict[str, list[float]] = {way: [] for way in WAYS[case.device]}
     for turn in range(rounds + 1):
-        for way in WAYS[case.device]:
+        for way in list(seconds):
             start, cpu = time.perf_counter(), time.process_time()
-            step(way)
+            try:
+                step(way)
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                del seconds[way], processor[way]
+                continue
             if turn:
                 seconds[way].append(time.perf_counter() - start)
                 processor[way].append(time.process_time() - cpu)
