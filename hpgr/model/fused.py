@@ -1,11 +1,12 @@
 """Pointwise attention over kept keys as fused Triton kernels: what `gather.attend_kept` does, for GPUs.
 
-Shapes: B rows, H heads, Q queries, N history events, E head width, S slots; R = B H Q queries, C = B H N keys.
+Shapes: B rows, H heads, Q queries, N history events, E head width, S slots, A ages; R = B H Q queries, C = B H N keys.
 
 Bytes decide: a query's program reads its S keys and values once (S E numbers each, bf16 as they come), its slots and
-bias, and writes E numbers; nothing of size R S but the bias and, for gradients, two float32 arrays goes through memory.
-Sums are float32. Gradients of keys are summed key by key in the order of `Links.by_event`, so no atomic addition and no
-order that changes from run to run. Import needs triton; kernels run on CUDA, or on a CPU under TRITON_INTERPRET=1.
+their codes, and writes E numbers; the relative bias is looked up inside. Nothing of size R S goes through memory but,
+for gradients, two float32 arrays. Sums are float32. Gradients of keys are summed key by key in the order of
+`Links.by_event`, those of ages by chunks of pairs, and those of distances as integers, whose sum has no order: nothing
+changes from run to run. Import needs triton; kernels run on CUDA, or on a CPU under TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -16,31 +17,42 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpgr.model.gather import Links
+from hpgr.model.relation import Pairs
 
-SLOTS = 32
-"""Slots, or pairs of a key, that a program looks at together."""
+SLOTS, SLOTS_BACK, PAIRS = 32, 16, 32
+"""Slots of a query, forward and backward, and pairs of a key, that a warp looks at together: measured on an H200."""
+CHUNK, ROUND = 4096, 64
+"""Pairs of a program that sums gradients of the bias, and how many it looks at together."""
+FIXED = 2.0**38
+"""What the largest gradient of a bias is as an integer: 2^24 of them fit 63 bits."""
 
 
 @triton.jit
-def _slots(q_r, k, v, bias, index, weight, r, s, e, scale, heads, queries, n, slots, E: tl.constexpr):
+def _slots(q_r, k, v, code, index, weight, position, time, match, r, s, e, scale, heads, queries, n, slots, distances,
+           ages: tl.constexpr, E: tl.constexpr):  # fmt: skip
     """Weights, keys, values and biased dot products of slots s of query r; zeros where a slot is unused."""
-    shared = ((r // (heads * queries)) * queries + r % queries) * slots + s  # the choice is the same for all heads
-    w = tl.load(weight + shared, mask=s < slots, other=0.0)
-    place = (r // queries) * n + tl.load(index + shared, mask=s < slots, other=0)
-    used = (w > 0)[:, None] & (e < E)[None, :]
-    k_s = tl.load(k + place[:, None] * E + e[None, :], mask=used, other=0.0).to(tl.float32)
-    v_s = tl.load(v + place[:, None] * E + e[None, :], mask=used, other=0.0).to(tl.float32)
-    z = tl.sum(k_s * q_r[None, :], 1) * scale + tl.load(bias + r * slots + s, mask=s < slots, other=0.0)
-    return w, k_s, v_s, z
+    row, head = r // queries, (r // queries) % heads
+    shared = ((r // (heads * queries)) * queries + r % queries) * slots  # the choice is the same for all heads
+    w = tl.load(weight + shared + s, mask=s < slots, other=0.0)
+    place = tl.load(index + shared + s, mask=s < slots, other=0).to(tl.int32)
+    c = tl.load(code + shared + s, mask=s < slots, other=0)
+    used = w > 0
+    both, at = used[:, None] & (e < E)[None, :], place[:, None] * E + e[None, :]
+    k_s = tl.load(k + row * n * E + at, mask=both, other=0.0).to(tl.float32)
+    v_s = tl.load(v + row * n * E + at, mask=both, other=0.0).to(tl.float32)
+    bias = tl.load(position + head * distances + c // (2 * ages), mask=used, other=0.0)
+    bias += tl.load(time + head * ages + (c // 2) % ages, mask=used, other=0.0)
+    bias += tl.where(c % 2 == 1, tl.load(match + head), 0.0)
+    return w, k_s, v_s, tl.sum(k_s * q_r[None, :], 1) * scale + bias
 
 
 @triton.jit
-def _forward(q, k, v, bias, index, weight, out, scale, heads, queries, n, slots,
-             E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
+def _forward(q, k, v, code, index, weight, position, time, match, out, scale, heads, queries, n, slots, distances,
+             ages: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
     """out[r] = sum_s w_s SiLU(<q_r, k_s> scale + b_s) v_s, a program a query."""
     r = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, BLOCK_E)
@@ -48,13 +60,15 @@ def _forward(q, k, v, bias, index, weight, out, scale, heads, queries, n, slots,
     total = tl.zeros([BLOCK_E], tl.float32)
     for first in range(0, slots, BLOCK_S):
         s = first + tl.arange(0, BLOCK_S)
-        w, _, v_s, z = _slots(q_r, k, v, bias, index, weight, r, s, e, scale, heads, queries, n, slots, E)
+        w, _, v_s, z = _slots(q_r, k, v, code, index, weight, position, time, match, r, s, e, scale, heads, queries, n,
+                              slots, distances, ages, E)  # fmt: skip
         total += tl.sum((w * z * tl.sigmoid(z))[:, None] * v_s, 0)
     tl.store(out + r * E + e, total, mask=e < E)
 
 
 @triton.jit
-def _backward_of_queries(q, k, v, bias, index, weight, grad, grad_q, kept, grad_z, scale, heads, queries, n, slots,
+def _backward_of_queries(q, k, v, code, index, weight, position, time, match, grad, grad_q, kept, grad_z,
+                         scale, heads, queries, n, slots, distances, ages: tl.constexpr,
                          E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
     """grad_q; of each slot, w SiLU(z) and the gradient of z, which is the bias's too. A program a query."""
     r = tl.program_id(0).to(tl.int64)
@@ -64,7 +78,8 @@ def _backward_of_queries(q, k, v, bias, index, weight, grad, grad_q, kept, grad_
     total = tl.zeros([BLOCK_E], tl.float32)
     for first in range(0, slots, BLOCK_S):
         s = first + tl.arange(0, BLOCK_S)
-        w, k_s, v_s, z = _slots(q_r, k, v, bias, index, weight, r, s, e, scale, heads, queries, n, slots, E)
+        w, k_s, v_s, z = _slots(q_r, k, v, code, index, weight, position, time, match, r, s, e, scale, heads, queries,
+                                n, slots, distances, ages, E)  # fmt: skip
         gate = tl.sigmoid(z)
         d_z = tl.sum(v_s * g_r[None, :], 1) * w * gate * (1 + z * (1 - gate))
         tl.store(kept + r * slots + s, w * z * gate, mask=s < slots)
@@ -74,79 +89,116 @@ def _backward_of_queries(q, k, v, bias, index, weight, grad, grad_q, kept, grad_
 
 
 @triton.jit
-def _backward_of_keys(q, grad, kept, grad_z, order, start, grad_k, grad_v, scale, heads, queries, n, slots,
+def _backward_of_keys(q, grad, kept, grad_z, place, query, start, grad_k, grad_v, scale, heads, queries, n, slots,
                       E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr):  # fmt: skip
     """grad_k and grad_v: sums over the pairs that keep a key, in their order. A program a key."""
     c = tl.program_id(0).to(tl.int64)
-    e = tl.arange(0, BLOCK_E)
+    e, row = tl.arange(0, BLOCK_E), c // n
     d_k, d_v = tl.zeros([BLOCK_E], tl.float32), tl.zeros([BLOCK_E], tl.float32)
-    event = start + (c // (heads * n)) * n + c % n
+    event = start + (row // heads) * n + c % n
+    q, grad = q + row * queries * E, grad + row * queries * E
+    kept, grad_z = kept + row * queries * slots, grad_z + row * queries * slots
     stop = tl.load(event + 1)
     for first in range(tl.load(event), stop, BLOCK_P):
         p = first + tl.arange(0, BLOCK_P)
-        pair = tl.load(order + p, mask=p < stop, other=0)
-        r = (c // n) * queries + (pair // slots) % queries
-        slot = r * slots + pair % slots
+        slot = tl.load(place + p, mask=p < stop, other=0)
+        at = tl.load(query + p, mask=p < stop, other=0)[:, None] * E + e[None, :]
         there = (p < stop)[:, None] & (e < E)[None, :]
-        q_p = tl.load(q + r[:, None] * E + e[None, :], mask=there, other=0.0).to(tl.float32)
-        g_p = tl.load(grad + r[:, None] * E + e[None, :], mask=there, other=0.0).to(tl.float32)
+        q_p = tl.load(q + at, mask=there, other=0.0).to(tl.float32)
+        g_p = tl.load(grad + at, mask=there, other=0.0).to(tl.float32)
         d_k += tl.sum(tl.load(grad_z + slot, mask=p < stop, other=0.0)[:, None] * q_p, 0)
         d_v += tl.sum(tl.load(kept + slot, mask=p < stop, other=0.0)[:, None] * g_p, 0)
     tl.store(grad_k + c * E + e, d_k * scale, mask=e < E)
     tl.store(grad_v + c * E + e, d_v, mask=e < E)
 
 
+@triton.jit
+def _backward_of_bias(grad_z, code, fixed, by_distance, by_age, by_match, pairs, distances,
+                      ages: tl.constexpr, BLOCK_A: tl.constexpr, CHUNK: tl.constexpr, ROUND: tl.constexpr):  # fmt: skip
+    """Sums of grad_z by distance (integers, scaled by `fixed`), by age and of pairs of the same item; of a row, a head
+    and a chunk of its pairs."""
+    chunk, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    heads, scale = tl.num_programs(1), tl.load(fixed)
+    age = tl.arange(0, BLOCK_A)
+    ages_sum, match_sum = tl.zeros([ROUND, BLOCK_A], tl.float32), tl.zeros([ROUND], tl.float32)
+    grad_z, code = grad_z + (row * heads + head) * pairs, code + row * pairs
+    for first in range(0, CHUNK, ROUND):
+        p = chunk * CHUNK + first + tl.arange(0, ROUND)
+        g = tl.load(grad_z + p, mask=p < pairs, other=0.0)
+        c = tl.load(code + p, mask=p < pairs, other=0)
+        tl.atomic_add(by_distance + head * distances + c // (2 * ages), (g * scale).to(tl.int64),
+                      mask=(p < pairs) & (g != 0), sem="relaxed")  # fmt: skip
+        ages_sum += tl.where(((c // 2) % ages)[:, None] == age[None, :], g[:, None], 0.0)
+        match_sum += tl.where(c % 2 == 1, g, 0.0)
+    out = (row * tl.num_programs(0) + chunk) * heads + head
+    tl.store(by_age + out * BLOCK_A + age, tl.sum(ages_sum, 0))
+    tl.store(by_match + out, tl.sum(match_sum, 0))
+
+
 def attend_fused(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    self_kv: tuple[Tensor, Tensor],
-    bias: Tensor,
-    self_bias: Tensor,
-    links: Links,
+    q: Tensor, k: Tensor, v: Tensor, self_kv: tuple[Tensor, Tensor], bias: nn.Module, pairs: Pairs, links: Links
 ) -> Tensor:
-    """`gather.attend_kept` by the kernels above. Arguments and result as there; the result is float32 at least."""
+    """`gather.attend_kept` with a `RelativeBias` of these pairs, by the kernels above.
+
+    Arguments otherwise as there; the result is float32 at least.
+    """
     g = links.weight[:, None]
-    own = F.silu((q * self_kv[0]).sum(-1, keepdim=True) / math.sqrt(q.shape[-1]) + self_bias[:, None, None])
+    own = F.silu((q * self_kv[0]).sum(-1, keepdim=True) / math.sqrt(q.shape[-1]) + bias.own[:, None, None])
+    tables = (table.float().contiguous() for table in (bias.position, bias.time, bias.match))
     flat = (x.flatten(0, 2).contiguous() for x in (q, k, v))
-    mixed = _Fused.apply(*flat, bias.float().contiguous(), links).view(q.shape)  # type: ignore[no-untyped-call]
+    mixed = _Fused.apply(*flat, *tables, pairs.code, links).view(q.shape)  # type: ignore[no-untyped-call]
     return (mixed + own * self_kv[1]) / (1 + g.sum(-1, keepdim=True))
 
 
 class _Fused(torch.autograd.Function):
-    """Sums over kept keys: q [R, E], k and v [C, E], bias [B, H, Q, S] -> [R, E] float32."""
+    """Sums over kept keys: q [R, E], k and v [C, E], biases by distance and age [H, *] and of the same item [H]
+    -> [R, E] float32."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, links: Links) -> Tensor:
-        """The sums; keeps what gradients need, nothing of the size of a query's keys but the bias."""
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, position: Tensor, time: Tensor, match: Tensor, code: Tensor,
+                links: Links) -> Tensor:  # fmt: skip
+        """The sums; keeps what gradients need, nothing of the size of a query's keys."""
         out = q.new_empty(q.shape, dtype=torch.float32)
-        ctx.save_for_backward(q, k, v, bias)
+        ctx.save_for_backward(q, k, v, position, time, match, code)
         ctx.links = links
         _forward[(len(q),)](
-            q, k, v, bias, links.index, links.weight, out, *_sizes(bias, links, q), **_blocks(q, "S")
+            q, k, v, code, links.index, links.weight, position, time, match, out, *_sizes(q, links), position.shape[1],
+            ages=time.shape[1], BLOCK_S=SLOTS, **_widths(q),
         )  # fmt: skip
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-        """Gradients of q, k, v and the bias; none of links."""
-        (q, k, v, bias), links, grad = ctx.saved_tensors, ctx.links, grad.contiguous()
-        kept, grad_z, grad_q = torch.empty_like(bias), torch.empty_like(bias), torch.empty_like(q)
-        sizes = _sizes(bias, links, q)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of q, k, v and the biases."""
+        (q, k, v, position, time, match, code), links = ctx.saved_tensors, ctx.links
+        grad = grad.to(q.dtype).contiguous()
+        (rows, queries, slots), heads = links.index.shape, links.heads
+        kept, grad_z = (torch.empty(len(q), slots, device=q.device) for _ in range(2))
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         _backward_of_queries[(len(q),)](
-            q, k, v, bias, links.index, links.weight, grad, grad_q, kept, grad_z, *sizes, **_blocks(q, "S")
-        )
-        grad_k, grad_v = torch.empty_like(k), torch.empty_like(v)
-        _backward_of_keys[(len(k),)](
-            q, grad, kept, grad_z, *links.by_event, grad_k, grad_v, *sizes, **_blocks(q, "P")
+            q, k, v, code, links.index, links.weight, position, time, match, grad, grad_q, kept, grad_z,
+            *_sizes(q, links), position.shape[1], ages=time.shape[1], BLOCK_S=SLOTS_BACK, **_widths(q),
         )  # fmt: skip
-        return grad_q, grad_k, grad_v, grad_z, None
+        _backward_of_keys[(len(k),)](
+            q, grad, kept, grad_z, *links.by_event, grad_k, grad_v, *_sizes(q, links), BLOCK_P=PAIRS, **_widths(q)
+        )
+        fixed = FIXED / grad_z.abs().amax().clamp(min=1e-30)
+        chunks, ages = triton.cdiv(queries * slots, CHUNK), triton.next_power_of_2(time.shape[1])
+        by_distance = torch.zeros(position.shape, dtype=torch.int64, device=q.device)
+        by_age, by_match = grad_z.new_empty(rows * chunks, heads, ages), grad_z.new_empty(rows * chunks, heads)
+        _backward_of_bias[(chunks, heads, rows)](
+            grad_z, code, fixed, by_distance, by_age, by_match, queries * slots, position.shape[1],
+            ages=time.shape[1], BLOCK_A=ages, CHUNK=CHUNK, ROUND=ROUND,
+        )  # fmt: skip
+        tables = (by_distance / fixed.double()).float(), by_age.sum(0)[:, : time.shape[1]], by_match.sum(0)
+        return grad_q, grad_k, grad_v, *tables, None, None
 
 
-def _sizes(bias: Tensor, links: Links, q: Tensor) -> tuple[float, int, int, int, int]:
-    _, heads, queries, slots = bias.shape
-    return 1 / math.sqrt(q.shape[1]), heads, queries, links.events, slots
+def _sizes(q: Tensor, links: Links) -> tuple[float, int, int, int, int]:
+    _, queries, slots = links.index.shape
+    return 1 / math.sqrt(q.shape[1]), links.heads, queries, links.events, slots
 
 
-def _blocks(q: Tensor, of: str) -> dict[str, int]:
-    return {"E": q.shape[1], "BLOCK_E": triton.next_power_of_2(q.shape[1]), f"BLOCK_{of}": SLOTS}
+def _widths(q: Tensor) -> dict[str, int]:
+    """One warp a program: there are as many programs as queries, and none waits for another warp."""
+    return {"E": q.shape[1], "BLOCK_E": triton.next_power_of_2(q.shape[1]), "num_warps": 1}

@@ -32,8 +32,8 @@ TILE_Q, TILE_N, TILE_D = 64, 128, 64
 """Queries, events and dimensions of a screening program."""
 SCREENED = 1 << 27
 """Most screened relevances alive at once (256 MB)."""
-MOST_EVENTS, MOST_ANCHORS = EVENTS << 15, (1 << 11) - MARGIN
-"""What the 31 bits hold in which a screened relevance and its place are ranked."""
+MOST_EVENTS, MOST_ANCHORS = EVENTS << 14, (1 << 9) - MARGIN
+"""What a program ranks: 16,384 blocks, or the events of 512."""
 
 
 @triton.jit
@@ -54,8 +54,7 @@ def _screen(query, key, visible, values, best, first, tile, queries, n, padded,
             q = tl.load(query + t[:, None] * D + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
             k = tl.load(key + j[None, :] * D + d[:, None], mask=(j < n)[None, :] & (d < D)[:, None], other=0.0)
             product = tl.dot(q, k, product)
-        product = tl.minimum(tl.maximum(product * 32766, -32766), 32766)
-        value = tl.where(j[None, :] < seen[:, None], product, -32767).to(tl.int16)
+        value = tl.where(j[None, :] < seen[:, None], product * 32700, -32767).to(tl.int16)
         values, best = values + b * tile * padded, best + b * tile * (padded // EVENTS)
         tl.store(values + t[:, None] * padded + j[None, :], value, mask=there[:, None])
         highest = tl.max(tl.reshape(value, [TILE_Q, TILE_N // EVENTS, EVENTS]), 2)
@@ -64,14 +63,17 @@ def _screen(query, key, visible, values, best, first, tile, queries, n, padded,
 
 
 @triton.jit
-def _keep_largest(ranked, count, out):
-    """Places in `ranked` of the `count` largest of its positive, distinct values, in their order, to `out`."""
+def _keep_largest(value, count, out):
+    """Places of the `count` largest of 16-bit values, none of 0, of equal ones the later; ascending, to `out`."""
     least = 0
-    for step in range(31):
-        higher = least | (1 << (30 - step))
-        least = tl.where(tl.sum((ranked >= higher).to(tl.int32), 0) >= count, higher, least)
-    kept = ranked >= tl.maximum(least, 1)
-    tl.store(out + tl.cumsum(kept.to(tl.int32), 0) - 1, tl.arange(0, ranked.shape[0]), mask=kept)
+    for step in range(16):
+        higher = least | (1 << (15 - step))
+        least = tl.where(tl.sum((value >= higher).to(tl.int32), 0) >= count, higher, least)
+    least = tl.maximum(least, 1)
+    above, equal = (value > least).to(tl.int32), (value == least).to(tl.int32)
+    later = tl.sum(equal, 0) - tl.cumsum(equal, 0)
+    kept = above + equal * (later < count - tl.sum(above, 0)).to(tl.int32)
+    tl.store(out + tl.cumsum(kept, 0) - 1, tl.arange(0, value.shape[0]), mask=kept > 0)
 
 
 @triton.jit
@@ -85,12 +87,12 @@ def _best_blocks(visible, best, out, first, tile, queries, padded, count,
     out += row * SURVIVORS
     tl.store(out + tl.arange(0, SURVIVORS), tl.full([SURVIVORS], -1, tl.int32))
     tl.debug_barrier()
-    _keep_largest(tl.where(there, (value << 15) | block, 0), count, out)
+    _keep_largest(value, count, out)
 
 
 @triton.jit
 def _best_events(visible, values, blocks, out, first, tile, queries, padded, count,
-                 EVENTS: tl.constexpr, BITS: tl.constexpr, SURVIVORS: tl.constexpr):  # fmt: skip
+                 EVENTS: tl.constexpr, SURVIVORS: tl.constexpr):  # fmt: skip
     """Of the events of these blocks, places (block's slot and event) of the `count` best by screened relevance."""
     t, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row, place = b * tile + t, tl.arange(0, SURVIVORS * EVENTS)
@@ -101,7 +103,7 @@ def _best_events(visible, values, blocks, out, first, tile, queries, padded, cou
     out += row * SURVIVORS
     tl.store(out + tl.arange(0, SURVIVORS), tl.full([SURVIVORS], -1, tl.int32))
     tl.debug_barrier()
-    _keep_largest(tl.where(there, (value << BITS) | place, 0), count, out)
+    _keep_largest(value, count, out)
 
 
 @triton.jit
@@ -165,13 +167,14 @@ def choose_anchors(query: Tensor, key: Tensor, visible: Tensor, top_k: int) -> T
     Raises:
         ConfigError: more events or anchors than can be ranked.
     """
-    (rows, queries, width), n = query.shape, key.shape[1]
+    (rows, queries, width), n, same = query.shape, key.shape[1], query is key
     if n > MOST_EVENTS or top_k > MOST_ANCHORS:
         raise ConfigError(
             f"model.pgsa.impl triton: got {n} events, top_k {top_k}, expected at most {MOST_EVENTS} and {MOST_ANCHORS}"
             "; use model.pgsa.impl=gather there"
         )
-    query, key, visible = (x.contiguous() for x in (query, key, visible))
+    visible, key = visible.contiguous(), key.contiguous()
+    query = key if same else query.contiguous()
     count, padded = top_k + MARGIN, triton.cdiv(n, TILE_N) * TILE_N
     survivors = triton.next_power_of_2(count)
     anchors = torch.full((rows, queries, top_k), -1, dtype=torch.int32, device=key.device)
@@ -179,11 +182,11 @@ def choose_anchors(query: Tensor, key: Tensor, visible: Tensor, top_k: int) -> T
     values = torch.empty(rows, tile, padded, dtype=torch.int16, device=key.device)
     best = values.new_empty(rows, tile, padded // EVENTS)
     blocks, places = (anchors.new_empty(rows, tile, survivors) for _ in range(2))
-    half = [(x / x.norm(dim=-1).amax().clamp(min=1e-30)).half() for x in (query, key)]
+    half = [(x / x.norm(dim=-1).amax().clamp(min=1e-30)).half() for x in ((key,) if same else (query, key))]
     for first in range(0, queries, tile):
         here, of = min(tile, queries - first), (first, tile, queries)
         _screen[(padded // TILE_N, triton.cdiv(here, TILE_Q), rows)](
-            *half, visible, values, best, *of, n, padded,
+            half[0], half[-1], visible, values, best, *of, n, padded,
             D=width, EVENTS=EVENTS, TILE_Q=TILE_Q, TILE_N=TILE_N, TILE_D=TILE_D,
         )  # fmt: skip
         _best_blocks[(here, rows)](
@@ -191,12 +194,12 @@ def choose_anchors(query: Tensor, key: Tensor, visible: Tensor, top_k: int) -> T
             BLOCKS=triton.next_power_of_2(padded // EVENTS), SURVIVORS=survivors,
         )  # fmt: skip
         _best_events[(here, rows)](
-            visible, values, blocks, places, *of, padded, count, EVENTS=EVENTS,
-            BITS=int(math.log2(survivors * EVENTS)), SURVIVORS=survivors,
-        )  # fmt: skip
-        _choose[(here, rows)](
-            query, key, blocks, places, anchors, *of, n, top_k, D=width, EVENTS=EVENTS, SURVIVORS=survivors, TILE_D=32
+            visible, values, blocks, places, *of, padded, count, EVENTS=EVENTS, SURVIVORS=survivors
         )
+        _choose[(here, rows)](
+            query, key, blocks, places, anchors, *of, n, top_k,
+            D=width, EVENTS=EVENTS, SURVIVORS=survivors, TILE_D=TILE_D,
+        )  # fmt: skip
     return anchors
 
 

@@ -79,15 +79,17 @@ class Links:
         return ByKey(order, order // self.key.shape[1], count.cumsum(0) - count)
 
     @cached_property
-    def by_event(self) -> tuple[Tensor, Tensor]:
-        """The same for one head: places among the [B Q S] slots in order of events, and where each of the B N events
-        begins and the last one ends, [B N + 1]; unused slots come after that. Nothing here waits for a GPU."""
-        rows, keys = len(self.index), len(self.index) * self.events
+    def by_event(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for one head, all int32: of the slots in order of events, the places [B Q S] among the slots of a
+        row, and their queries; where each of the B N events begins there and the last one ends, [B N + 1]. Unused
+        slots come after that. Nothing here waits for a GPU."""
+        (rows, queries, slots), keys = self.index.shape, len(self.index) * self.events
         block = torch.arange(rows, device=self.index.device)[:, None, None] * self.events
         event = torch.where(self.weight > 0, self.index + block, keys).flatten().to(torch.int32)
         ordered = torch.sort(event, stable=True)
+        place = (ordered.indices % (queries * slots)).to(torch.int32)
         every = torch.arange(keys + 1, device=event.device, dtype=torch.int32)
-        return ordered.indices, torch.searchsorted(ordered.values, every)
+        return place, place // slots, torch.searchsorted(ordered.values, every, out_int32=True)
 
 
 @dataclass(frozen=True)
@@ -122,10 +124,6 @@ def attend_kept(
     Returns:
         [B, H, Q, E].
     """
-    if links.fused:
-        from hpgr.model.fused import attend_fused  # needs triton
-
-        return attend_fused(q, k, v, self_kv, bias, self_bias, links)
     scale = 1 / math.sqrt(q.shape[-1])
     g = links.weight[:, None]
     dots = _Dots.apply(_flat(q), _flat(k), links).view(bias.shape)  # type: ignore[no-untyped-call]

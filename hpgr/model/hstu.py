@@ -42,7 +42,7 @@ class RelativeBias(nn.Module):
             # Every sum that there may be, then one look at each pair: the same values as below, to the bit.
             both = (self.position[:, :, None] + self.time[:, None])[..., None]
             table = torch.cat([both, both + self.match[:, None, None, None]], -1)
-            return table.flatten().index_select(0, p.code.flatten()).view(p.code.shape)
+            return table.flatten().index_select(0, p.code_of_heads.flatten()).view(p.code_of_heads.shape)
         matched = p.same[:, None] * self.match[:, None, None]
         return _lookup(self.position, p.distance) + _lookup(self.time, p.age) + matched
 
@@ -98,11 +98,14 @@ class HstuLayer(nn.Module):
     ) -> Tensor:
         """One residual step of a stream's tokens [B, Q, D], reading the history's keys and values."""
         u, v, q, k = uvqk
-        bias, own = self.bias(r.pairs), self.bias.own
-        if isinstance(r.weights, Links):
-            mixed = attend_kept(q, *history_kv, (k, v), bias, own, r.weights)
+        if isinstance(r.weights, Links) and r.weights.fused:
+            from hpgr.model.fused import attend_fused  # needs triton
+
+            mixed = attend_fused(q, *history_kv, (k, v), self.bias, r.pairs, r.weights)
+        elif isinstance(r.weights, Links):
+            mixed = attend_kept(q, *history_kv, (k, v), self.bias(r.pairs), self.bias.own, r.weights)
         else:
-            mixed = attend(q, *history_kv, (k, v), bias, own, r.weights)
+            mixed = attend(q, *history_kv, (k, v), self.bias(r.pairs), self.bias.own, r.weights)
         if self.divisor is not None:
             kept = r.weights.weight if isinstance(r.weights, Links) else r.weights
             mixed = mixed * ((1 + kept.sum(-1)) / self.divisor)[:, None, :, None]

@@ -46,11 +46,15 @@ class Pairs:
 
     @cached_property
     def code(self) -> Tensor:
-        """Place of each pair in a table [heads, distances, ages, 2] of biases, flat: [B, H, Q, N] int32."""
+        """The three as one number, a place in a table [distances, ages, 2]: [B, Q, N] int32."""
+        return (self.distance * self.bounds[2]).add_(self.age).mul_(2).add_(self.same).to(torch.int32)
+
+    @cached_property
+    def code_of_heads(self) -> Tensor:
+        """Places in a table [heads, distances, ages, 2], flat: [B, H, Q, N] int32."""
         heads, distances, ages = self.bounds
-        code = (self.distance * ages).add_(self.age).mul_(2).add_(self.same).to(torch.int32)
-        head = torch.arange(heads, device=code.device, dtype=torch.int32) * (distances * ages * 2)
-        return code[:, None] + head[:, None, None]
+        head = torch.arange(heads, device=self.code.device, dtype=torch.int32) * (distances * ages * 2)
+        return self.code[:, None] + head[:, None, None]
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,10 @@ with pytest.MonkeyPatch.context() as patch:
 
 from hpgr.errors import ConfigError
 from hpgr.model.gather import attend_kept, link
+from hpgr.model.hstu import RelativeBias
 from hpgr.model.inputs import pad
 from hpgr.model.registry import click_model
+from hpgr.model.relation import Pairs
 from hpgr.model.select import Kept
 from hpgr.training.two_stage import train
 
@@ -34,6 +36,9 @@ SHAPES = pytest.mark.parametrize(
 )
 
 
+AGES = 5
+
+
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu":
@@ -41,16 +46,28 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def values_and_gradients(shape: tuple[int, ...], dtype: torch.dtype, fused_form: bool) -> list[Tensor]:
-    """Attention over drawn kept keys: slots in use or not, queries without any, keys that no query keeps."""
-    _, h, _, n, _ = shape
+    """Attention over drawn kept keys: slots in use or not, queries without any, keys that no query keeps.
+
+    The result, and gradients of queries, keys, values and all biases.
+    """
+    b, h, q, n, _ = shape
     drawn, kept = drawn_attention(*shape, seed=n)  # type: ignore[misc]
     kept = Kept(kept.index.to(DEVICE), kept.weight.float().to(DEVICE))
-    tensors = [t.detach().to(DEVICE, dtype).requires_grad_() for t in drawn]
-    queries, k, v, k_self, v_self, bias, own = tensors
-    pairs = bias.gather(-1, kept.index[:, None].expand(-1, h, -1, -1))
-    out = attend_kept(queries, k, v, (k_self, v_self), pairs, own, link(kept, n, h, fused_form))
+    queries, k, v, k_self, v_self = (t.detach().to(DEVICE, dtype).requires_grad_() for t in drawn[:5])
+    torch.manual_seed(0)
+    bias = RelativeBias(h, n, AGES).to(DEVICE)
+    for table in bias.parameters():
+        torch.nn.init.normal_(table)
+    slots = (b, q, kept.index.shape[2])
+    distance, age, same = (torch.randint(0, most, slots).to(DEVICE) for most in (n + 1, AGES, 2))
+    pairs, links = Pairs(distance, age.int(), same.bool(), (h, n + 1, AGES)), link(kept, n, h, fused_form)
+    attention = queries, k, v, (k_self, v_self)
+    if fused_form:
+        out = fused.attend_fused(*attention, bias, pairs, links)
+    else:
+        out = attend_kept(*attention, bias(pairs), bias.own, links)
     factor = torch.linspace(-1, 2, out.numel(), device=DEVICE).view(out.shape)
-    return [out, *torch.autograd.grad((out * factor).sum(), tensors)]
+    return [out, *torch.autograd.grad((out * factor).sum(), [queries, k, v, k_self, v_self, *bias.parameters()])]
 
 
 @SHAPES
