@@ -17,10 +17,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from hpgr.model.gather import Links
+from hpgr.model.hstu import RelativeBias
 from hpgr.model.relation import Pairs
 
 SLOTS, SLOTS_BACK, PAIRS = 32, 16, 32
@@ -136,18 +137,23 @@ def _backward_of_bias(grad_z, code, fixed, by_distance, by_age, by_match, pairs,
 
 
 def attend_fused(
-    q: Tensor, k: Tensor, v: Tensor, self_kv: tuple[Tensor, Tensor], bias: nn.Module, pairs: Pairs, links: Links
+    q: Tensor, k: Tensor, v: Tensor, self_kv: tuple[Tensor, Tensor], bias: RelativeBias, pairs: Pairs, links: Links
 ) -> Tensor:
-    """`gather.attend_kept` with a `RelativeBias` of these pairs, by the kernels above.
+    """`gather.attend_kept` with the bias of these pairs, by the kernels above.
 
     Arguments otherwise as there; the result is float32 at least.
     """
-    g = links.weight[:, None]
     own = F.silu((q * self_kv[0]).sum(-1, keepdim=True) / math.sqrt(q.shape[-1]) + bias.own[:, None, None])
+    return (sum_kept(q, k, v, bias, pairs, links) + own * self_kv[1]) / (
+        1 + links.weight[:, None].sum(-1, keepdim=True)
+    )
+
+
+def sum_kept(q: Tensor, k: Tensor, v: Tensor, bias: RelativeBias, pairs: Pairs, links: Links) -> Tensor:
+    """sum_s w_s SiLU(<q, k_s> / sqrt(E) + b_s) v_s over kept keys: [B, H, Q, E] float32."""
     tables = (table.float().contiguous() for table in (bias.position, bias.time, bias.match))
     flat = (x.flatten(0, 2).contiguous() for x in (q, k, v))
-    mixed = _Fused.apply(*flat, *tables, pairs.code, links).view(q.shape)  # type: ignore[no-untyped-call]
-    return (mixed + own * self_kv[1]) / (1 + g.sum(-1, keepdim=True))
+    return _Fused.apply(*flat, *tables, pairs.code, links).view(q.shape)  # type: ignore[no-untyped-call]
 
 
 class _Fused(torch.autograd.Function):

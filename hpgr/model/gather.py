@@ -37,10 +37,8 @@ with weights over the whole history."""
 
 
 def gather_pays(n: int, slots: int, device: torch.device) -> bool:
-    """What `pgsa.impl: auto` asks: do histories of N events, with so many slots a query, attend faster by kept pairs?
-
-    On a GPU it never says so [D]: what pays there is not measured.
-    """
+    """What `pgsa.impl: auto` asks on a CPU: do histories of N events, with so many slots a query, attend faster by kept
+    pairs?"""
     return device.type == "cpu" and n >= max(GATHER_FROM, GATHER_SHARE * slots)
 
 

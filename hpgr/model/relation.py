@@ -23,6 +23,10 @@ from hpgr.model.select import Kept, most_slots, select_keys, select_weights
 from hpgr.model.timing import time_bucket
 
 
+FUSED_FROM = 128
+"""Events of a padded history from which `auto` takes Triton's kernels on a GPU."""
+
+
 class Queries(NamedTuple):
     """Item, time and number of strictly past events of each query: [B, Q]."""
 
@@ -111,12 +115,17 @@ def relate_sparsely(
         return relate(x, *queries, sparse_weights(query, key, queries.visible, config.pgsa), config, window)
     pgsa = config.pgsa
     slots = most_slots(n, pgsa.top_k, pgsa.sigma, pgsa.max_keys)
-    if impl == "auto" and not gather_pays(n, slots, key.device):
+    fused = impl == "triton" or (impl == "auto" and fused_pays(n, key.device))
+    if impl == "auto" and not fused and not gather_pays(n, slots, key.device):
         weights = select_weights(query, key, queries.visible, pgsa.top_k, pgsa.sigma, pgsa.max_keys)
         return relate(x, *queries, weights, config, window)
-    fused = impl == "triton"
     kept = keep(query, key, queries.visible, pgsa, fused)
     return relate_kept(x, queries, kept, config, window, fused)
+
+
+def fused_pays(n: int, device: torch.device) -> bool:
+    """What `pgsa.impl: auto` asks on a GPU: do histories of N events attend faster by Triton's kernels?"""
+    return device.type == "cuda" and n >= FUSED_FROM and find_spec("triton") is not None
 
 
 def check_triton(device: torch.device) -> None:

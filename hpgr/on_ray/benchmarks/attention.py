@@ -9,8 +9,8 @@ a time. Peak memory is that of a process that runs one step, beyond what it held
 
 On a GPU the step is in bf16 (autocast) and the baseline a fused dense kernel without the bias, `dense_kernel`; maps in
 memory (`dense`) are measured as far as they fit. `parts` are the milliseconds of one layer's kernels and of the choice,
-with the floating-point operations or bytes that each needs a second; `limits` what the GPU reached on a large matrix
-product and a large copy in the same run.
+with the floating-point operations or bytes that each needs a second; `attention_alone_ratios` compares their sums over
+the layers, without what both ways share; `limits` is what the GPU reached on a large matrix product and a large copy.
 
 Threads wait for one another many times a step. Where other programs use the cores, that wait is what two threads
 measure: take `--threads 1` there, and read the ratios of processor time.
@@ -109,10 +109,12 @@ def run(options: argparse.Namespace, say: Say) -> dict[str, Any]:
 
 
 def on_gpu(cases: dict[int, Case]) -> dict[str, Any]:
-    """Where the time goes, and what the GPU can do."""
-    from hpgr.on_ray.benchmarks.attention_parts import limits, parts  # needs triton
+    """Attention alone, where its time goes, and what the GPU can do."""
+    from hpgr.on_ray.benchmarks.attention_parts import attention_alone, limits, parts  # needs triton
 
-    return {"limits": limits(), "parts": {str(n): parts(case.model, case.inputs()) for n, case in cases.items()}}
+    found = {str(n): parts(case.model, case.inputs()) for n, case in cases.items()}
+    alone = {n: attention_alone(of, cases[int(n)].model.layers) for n, of in found.items()}
+    return {"attention_alone_ratios": alone, "limits": limits(), "parts": found}
 
 
 def ratios(measured: Measured, way: str, baseline: str = "dense") -> dict[str, float]:

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hpgr.config import Model
-from hpgr.model.gather import attend_kept
+from hpgr.model.fused import sum_kept
+from hpgr.model.gather import Links
 from hpgr.model.hstu import RelativeBias
 from hpgr.model.inputs import Inputs
-from hpgr.model.relation import Queries, keep, relate_kept
+from hpgr.model.relation import Pairs, Queries, keep, relate_kept
 from hpgr.on_ray.benchmarks.dense_kernel import DenseKernel
 
 ROUNDS = 10
@@ -22,39 +23,58 @@ Work = Callable[[], Any]
 
 
 def parts(model: Model, x: Inputs) -> dict[str, dict[str, float]]:
-    """Milliseconds of each part, once a step or once a layer, and the TFLOP or GB a second that it needs at least."""
+    """Milliseconds of each part, and the TFLOP or GB that it needs, in all and a second.
+
+    The choice, the relation and the order of pairs are made once a step, both kinds of attention in each layer. FLOP of
+    dense attention are those of its seven products; bytes are keys, values, queries and gradients of the kept pairs.
+    """
     rows, n = x.h_item.shape
     heads, width = model.heads, model.width // model.heads
     item = F.normalize(torch.randn(int(x.h_item.max()) + 1, model.width, device=x.h_item.device), dim=-1)[x.h_item]
     queries = Queries(x.h_item, x.h_time, x.h_visible)
+
+    def related() -> tuple[Pairs, Links]:
+        relation = relate_kept(x, queries, kept, model, n, fused=True)
+        assert isinstance(relation.weights, Links)
+        return relation.pairs, relation.weights
+
+    def coded() -> Tensor:
+        return related()[0].code
+
+    def ordered() -> Tensor:
+        return related()[1].by_event[0]
+
     kept = keep(item, item, x.h_visible, model.pgsa, fused=True)
-    relation = relate_kept(x, queries, kept, model, n, fused=True)
-    links, pairs = relation.weights, relation.pairs
+    pairs, links = related()
     bias = RelativeBias(heads, n, model.time_buckets).to(item.device)
     q, k, v = (torch.randn(rows, heads, n, width, device=item.device, dtype=torch.bfloat16, requires_grad=True)
                for _ in range(3))  # fmt: skip
-    values = bias(pairs).detach().requires_grad_()
-    half_square = rows * n * n / 2
-    dense, kept_bytes = heads * width * half_square, 2 * 2 * width * heads * kept.index.numel()
-
-    def sparse() -> Tensor:
-        return attend_kept(q, k, v, (k, v), values, bias.own, links)
-
+    square, slots = rows * n * n / 2, kept.index.numel()
+    relation = milliseconds(coded)
     found = {
         "choice": milliseconds(lambda: keep(item, item, x.h_visible, model.pgsa, fused=True))
-        | {"tflop": 2 * model.width * half_square / 1e12},
-        "relation": milliseconds(lambda: relate_kept(x, queries, kept, model, n, fused=True)),
-        "order": milliseconds(lambda: type(links).by_event.func(links)),
-        "bias": both(lambda: bias(pairs), list(bias.parameters())[:3]),
-        "sparse": both(sparse, [q, k, v, values]) | {"gigabytes": 3 * kept_bytes / 1e9},
-        "dense_kernel": both(lambda: DenseKernel.apply(q, k, v), [q, k, v]) | {"tflop": 7 * 2 * dense / 1e12},
+        | {"tflop": 2 * model.width * square / 1e12},
+        "relation": relation,
+        "order": {"forward": milliseconds(ordered)["forward"] - relation["forward"]},
+        "sparse": both(lambda: sum_kept(q, k, v, bias, pairs, links), [q, k, v, *list(bias.parameters())[:3]])
+        | {"gigabytes": 3 * 2 * 2 * model.width * slots / 1e9},
+        "dense_kernel": both(lambda: DenseKernel.apply(q, k, v), [q, k, v])  # type: ignore[no-untyped-call]
+        | {"tflop": 7 * 2 * model.width * square / 1e12},
     }
     for part in found.values():
         second = (part["forward"] + part.get("backward", 0.0)) / 1e3
-        for unit, name in (("tflop", "tflop_a_second"), ("gigabytes", "gigabytes_a_second")):
-            if unit in part:
-                part[name] = part[unit] / second
+        part |= {f"{unit}_a_second": part[unit] / second for unit in ("tflop", "gigabytes") if unit in part}
     return found
+
+
+def attention_alone(found: dict[str, dict[str, float]], layers: int) -> float:
+    """Time of the dense kernel in all layers over that of PGSA, all that it takes included."""
+
+    def whole(name: str) -> float:
+        return found[name]["forward"] + found[name].get("backward", 0.0)
+
+    once = sum(whole(name) for name in ("choice", "relation", "order"))
+    return layers * whole("dense_kernel") / (once + layers * whole("sparse"))
 
 
 def both(forward: Callable[[], Tensor], inputs: list[Tensor]) -> dict[str, float]:
@@ -69,7 +89,7 @@ def milliseconds(work: Work) -> dict[str, float]:
     """Median of some runs on the GPU, after two to warm up."""
     times = []
     for turn in range(ROUNDS + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         work()
         end.record()

@@ -17,14 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SHAPES = [(128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (128, 128, 8, 2), (64, 128, 4, 2)]
+SHAPES = [(128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 2), (128, 32, 4, 3), (64, 32, 4, 3)]
 """Rows and columns of a tile, warps, and stages of the pipeline, that are tried."""
 
 
 def _tuned(kernel: Any) -> Any:
-    """The kernel in its fastest shape; without a GPU in the last one."""
+    """The kernel in its fastest shape; without a GPU in the second one."""
     configs = [triton.Config({"ROWS": r, "COLUMNS": c}, num_warps=w, num_stages=s) for r, c, w, s in SHAPES]
-    return triton.autotune(configs if torch.cuda.is_available() else configs[2:3], key=["n"])(kernel)
+    return triton.autotune(configs if torch.cuda.is_available() else configs[1:2], key=["n"])(kernel)
 
 
 @triton.jit
@@ -36,23 +36,49 @@ def _sigmoid(z, FAST: tl.constexpr):
     return tl.sigmoid(z)
 
 
+@triton.jit
+def _queries_forward(total, start, q_i, k, v, i, n, scale, E: tl.constexpr, FAST: tl.constexpr,
+                     COLUMNS: tl.constexpr, DIAGONAL: tl.constexpr):  # fmt: skip
+    """A tile's sums, with the keys of one more tile."""
+    j, e = start + tl.arange(0, COLUMNS), tl.arange(0, E)
+    k_j = tl.load(k + j[None, :] * E + e[:, None], mask=j[None, :] < n, other=0.0)
+    v_j = tl.load(v + j[:, None] * E + e[None, :], mask=j[:, None] < n, other=0.0)
+    z = tl.dot(q_i, k_j) * scale
+    a = z * _sigmoid(z, FAST)
+    if DIAGONAL:
+        a = tl.where(j[None, :] < i[:, None], a, 0.0)
+    return tl.dot(a.to(v_j.dtype), v_j, total)
+
+
 @_tuned
 @triton.jit
 def _forward(q, k, v, out, scale, n, E: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """A program a tile of queries."""
     first, at = tl.program_id(0) * ROWS, tl.program_id(1).to(tl.int64) * n * E
-    i, e, columns = first + tl.arange(0, ROWS), tl.arange(0, E), tl.arange(0, COLUMNS)
-    own = at + i[:, None] * E + e[None, :]
+    i, e = first + tl.arange(0, ROWS), tl.arange(0, E)
+    own, k, v = at + i[:, None] * E + e[None, :], k + at, v + at
     q_i = tl.load(q + own, mask=i[:, None] < n, other=0.0)
-    total = tl.zeros([ROWS, E], tl.float32)
-    for start in range(0, tl.minimum(first + ROWS, n), COLUMNS):
-        j = start + columns
-        k_j = tl.load(k + at + j[None, :] * E + e[:, None], mask=j[None, :] < n, other=0.0)
-        v_j = tl.load(v + at + j[:, None] * E + e[None, :], mask=j[:, None] < n, other=0.0)
-        z = tl.dot(q_i, k_j) * scale
-        a = tl.where(j[None, :] < i[:, None], z * _sigmoid(z, FAST), 0.0)
-        total = tl.dot(a.to(v_j.dtype), v_j, total)
+    total, whole = tl.zeros([ROWS, E], tl.float32), first // COLUMNS * COLUMNS
+    for start in range(0, whole, COLUMNS):
+        total = _queries_forward(total, start, q_i, k, v, i, n, scale, E, FAST, COLUMNS, False)
+    for start in range(whole, tl.minimum(first + ROWS, n), COLUMNS):
+        total = _queries_forward(total, start, q_i, k, v, i, n, scale, E, FAST, COLUMNS, True)
     tl.store(out + own, total, mask=i[:, None] < n)
+
+
+@triton.jit
+def _queries_backward(total, start, q_i, g_i, k, v, i, n, scale, E: tl.constexpr, FAST: tl.constexpr,
+                      COLUMNS: tl.constexpr, DIAGONAL: tl.constexpr):  # fmt: skip
+    """Gradients of a tile's queries, with the keys of one more tile."""
+    j, e = start + tl.arange(0, COLUMNS), tl.arange(0, E)
+    k_j = tl.load(k + j[:, None] * E + e[None, :], mask=j[:, None] < n, other=0.0)
+    v_j = tl.load(v + j[None, :] * E + e[:, None], mask=j[None, :] < n, other=0.0)
+    z = tl.dot(q_i, tl.trans(k_j)) * scale
+    gate = _sigmoid(z, FAST)
+    d_z = tl.dot(g_i, v_j) * gate * (1 + z * (1 - gate))
+    if DIAGONAL:
+        d_z = tl.where(j[None, :] < i[:, None], d_z, 0.0)
+    return tl.dot(d_z.to(k_j.dtype), k_j, total)
 
 
 @_tuned
@@ -61,21 +87,31 @@ def _backward_of_queries(q, k, v, grad, grad_q, scale, n, E: tl.constexpr, FAST:
                          ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     """A program a tile of queries."""
     first, at = tl.program_id(0) * ROWS, tl.program_id(1).to(tl.int64) * n * E
-    i, e, columns = first + tl.arange(0, ROWS), tl.arange(0, E), tl.arange(0, COLUMNS)
-    own = at + i[:, None] * E + e[None, :]
+    i, e = first + tl.arange(0, ROWS), tl.arange(0, E)
+    own, k, v = at + i[:, None] * E + e[None, :], k + at, v + at
     q_i = tl.load(q + own, mask=i[:, None] < n, other=0.0)
     g_i = tl.load(grad + own, mask=i[:, None] < n, other=0.0)
-    total = tl.zeros([ROWS, E], tl.float32)
-    for start in range(0, tl.minimum(first + ROWS, n), COLUMNS):
-        j = start + columns
-        k_j = tl.load(k + at + j[:, None] * E + e[None, :], mask=j[:, None] < n, other=0.0)
-        v_j = tl.load(v + at + j[None, :] * E + e[:, None], mask=j[None, :] < n, other=0.0)
-        z = tl.dot(q_i, tl.trans(k_j)) * scale
-        gate = _sigmoid(z, FAST)
-        d_z = tl.dot(g_i, v_j) * gate * (1 + z * (1 - gate))
-        d_z = tl.where(j[None, :] < i[:, None], d_z, 0.0)
-        total = tl.dot(d_z.to(k_j.dtype), k_j, total)
+    total, whole = tl.zeros([ROWS, E], tl.float32), first // COLUMNS * COLUMNS
+    for start in range(0, whole, COLUMNS):
+        total = _queries_backward(total, start, q_i, g_i, k, v, i, n, scale, E, FAST, COLUMNS, False)
+    for start in range(whole, tl.minimum(first + ROWS, n), COLUMNS):
+        total = _queries_backward(total, start, q_i, g_i, k, v, i, n, scale, E, FAST, COLUMNS, True)
     tl.store(grad_q + own, total * scale, mask=i[:, None] < n)
+
+
+@triton.jit
+def _keys_backward(d_k, d_v, start, k_j, v_j, q, grad, j, n, scale, E: tl.constexpr, FAST: tl.constexpr,
+                   COLUMNS: tl.constexpr, DIAGONAL: tl.constexpr):  # fmt: skip
+    """Gradients of a tile's keys and values, with the queries of one more tile."""
+    i, e = start + tl.arange(0, COLUMNS), tl.arange(0, E)
+    q_i = tl.load(q + i[:, None] * E + e[None, :], mask=i[:, None] < n, other=0.0)
+    g_i = tl.load(grad + i[:, None] * E + e[None, :], mask=i[:, None] < n, other=0.0)
+    z = tl.dot(k_j, tl.trans(q_i)) * scale
+    gate = _sigmoid(z, FAST)
+    a, d_z = z * gate, tl.dot(v_j, tl.trans(g_i)) * gate * (1 + z * (1 - gate))
+    if DIAGONAL:
+        a, d_z = tl.where(j[:, None] < i[None, :], a, 0.0), tl.where(j[:, None] < i[None, :], d_z, 0.0)
+    return tl.dot(d_z.to(q_i.dtype), q_i, d_k), tl.dot(a.to(g_i.dtype), g_i, d_v)
 
 
 @_tuned
@@ -84,21 +120,16 @@ def _backward_of_keys(q, k, v, grad, grad_k, grad_v, scale, n, E: tl.constexpr, 
                       ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     """A program a tile of keys."""
     first, at = tl.program_id(0) * ROWS, tl.program_id(1).to(tl.int64) * n * E
-    j, e, columns = first + tl.arange(0, ROWS), tl.arange(0, E), tl.arange(0, COLUMNS)
-    own = at + j[:, None] * E + e[None, :]
+    j, e = first + tl.arange(0, ROWS), tl.arange(0, E)
+    own, q, grad = at + j[:, None] * E + e[None, :], q + at, grad + at
     k_j = tl.load(k + own, mask=j[:, None] < n, other=0.0)
     v_j = tl.load(v + own, mask=j[:, None] < n, other=0.0)
     d_k, d_v = tl.zeros([ROWS, E], tl.float32), tl.zeros([ROWS, E], tl.float32)
-    for start in range(first // COLUMNS * COLUMNS, n, COLUMNS):
-        i = start + columns
-        q_i = tl.load(q + at + i[:, None] * E + e[None, :], mask=i[:, None] < n, other=0.0)
-        g_i = tl.load(grad + at + i[:, None] * E + e[None, :], mask=i[:, None] < n, other=0.0)
-        z = tl.dot(k_j, tl.trans(q_i)) * scale
-        gate = _sigmoid(z, FAST)
-        sees = j[:, None] < i[None, :]
-        d_v = tl.dot(tl.where(sees, z * gate, 0.0).to(g_i.dtype), g_i, d_v)
-        d_z = tl.dot(v_j, tl.trans(g_i)) * gate * (1 + z * (1 - gate))
-        d_k = tl.dot(tl.where(sees, d_z, 0.0).to(q_i.dtype), q_i, d_k)
+    whole = tl.cdiv(first + ROWS, COLUMNS) * COLUMNS
+    for start in range(first // COLUMNS * COLUMNS, tl.minimum(whole, n), COLUMNS):
+        d_k, d_v = _keys_backward(d_k, d_v, start, k_j, v_j, q, grad, j, n, scale, E, FAST, COLUMNS, True)
+    for start in range(whole, n, COLUMNS):
+        d_k, d_v = _keys_backward(d_k, d_v, start, k_j, v_j, q, grad, j, n, scale, E, FAST, COLUMNS, False)
     tl.store(grad_k + own, d_k * scale, mask=j[:, None] < n)
     tl.store(grad_v + own, d_v, mask=j[:, None] < n)
 
