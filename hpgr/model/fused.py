@@ -22,12 +22,16 @@ from torch.nn import functional as F
 
 from hpgr.model.gather import Links
 from hpgr.model.hstu import RelativeBias
-from hpgr.model.relation import Pairs
+from hpgr.model.relation import Queries
+from hpgr.model.timing import bucket_scale
+from hpgr.schema import SECOND
 
 SLOTS, SLOTS_BACK, PAIRS = 32, 16, 32
 """Slots of a query, forward and backward, and pairs of a key, that a warp looks at together: measured on an H200."""
-CHUNK, ROUND = 4096, 64
+CHUNK, ROUND = 4096, 32
 """Pairs of a program that sums gradients of the bias, and how many it looks at together."""
+BLOCK = 1024
+"""Pairs of a program that codes them."""
 FIXED = 2.0**38
 """What the largest gradient of a bias is as an integer: 2^24 of them fit 63 bits."""
 
@@ -136,24 +140,50 @@ def _backward_of_bias(grad_z, code, fixed, by_distance, by_age, by_match, pairs,
     tl.store(by_match + out, tl.sum(match_sum, 0))
 
 
+@triton.jit
+def _code(index, item, time, visible, h_item, h_time, out, pairs, slots, queries, n, window, scale,
+          ages: tl.constexpr, SECOND: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Codes of some pairs: distance, age (as `timing.time_bucket` has it) and whether the item is the same."""
+    p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there, query = p < pairs, p // slots
+    j = tl.load(index + p, mask=there, other=0)
+    event = (query // queries) * n + j
+    distance = tl.minimum(tl.maximum(tl.load(visible + query, mask=there, other=0) - j, 0), window)
+    passed = tl.load(time + query, mask=there, other=0) - tl.load(h_time + event, mask=there, other=0)
+    seconds = tl.div_rn(tl.maximum(passed, 0).to(tl.float32), tl.full([BLOCK], SECOND, tl.float32))
+    age = tl.minimum((tl.log2(seconds + 1) * scale).to(tl.int32), ages - 1)
+    same = tl.load(item + query, mask=there, other=0) == tl.load(h_item + event, mask=there, other=0)
+    tl.store(out + p, (distance.to(tl.int32) * ages + age) * 2 + same.to(tl.int32), mask=there)
+
+
+def code_pairs(index: Tensor, queries: Queries, h_item: Tensor, h_time: Tensor, window: int, ages: int) -> Tensor:
+    """`Pairs.code` of kept keys: [B, Q, S] positions in histories [B, N] -> [B, Q, S] int32. An age at the edge of two
+    buckets may fall into the other one on a GPU, whose logarithm is rounded otherwise."""
+    code = torch.empty(index.shape, dtype=torch.int32, device=index.device)
+    columns = (x.contiguous() for x in (index, *queries, h_item, h_time))
+    _code[(triton.cdiv(code.numel(), BLOCK),)](
+        *columns, code, code.numel(), *index.shape[:0:-1], h_item.shape[1], window, bucket_scale(ages),
+        ages=ages, SECOND=SECOND, BLOCK=BLOCK,
+    )  # fmt: skip
+    return code
+
+
 def attend_fused(
-    q: Tensor, k: Tensor, v: Tensor, self_kv: tuple[Tensor, Tensor], bias: RelativeBias, pairs: Pairs, links: Links
+    q: Tensor, k: Tensor, v: Tensor, self_kv: tuple[Tensor, Tensor], bias: RelativeBias, links: Links
 ) -> Tensor:
     """`gather.attend_kept` with the bias of these pairs, by the kernels above.
 
     Arguments otherwise as there; the result is float32 at least.
     """
     own = F.silu((q * self_kv[0]).sum(-1, keepdim=True) / math.sqrt(q.shape[-1]) + bias.own[:, None, None])
-    return (sum_kept(q, k, v, bias, pairs, links) + own * self_kv[1]) / (
-        1 + links.weight[:, None].sum(-1, keepdim=True)
-    )
+    return (sum_kept(q, k, v, bias, links) + own * self_kv[1]) / (1 + links.weight[:, None].sum(-1, keepdim=True))
 
 
-def sum_kept(q: Tensor, k: Tensor, v: Tensor, bias: RelativeBias, pairs: Pairs, links: Links) -> Tensor:
+def sum_kept(q: Tensor, k: Tensor, v: Tensor, bias: RelativeBias, links: Links) -> Tensor:
     """sum_s w_s SiLU(<q, k_s> / sqrt(E) + b_s) v_s over kept keys: [B, H, Q, E] float32."""
     tables = (table.float().contiguous() for table in (bias.position, bias.time, bias.match))
     flat = (x.flatten(0, 2).contiguous() for x in (q, k, v))
-    return _Fused.apply(*flat, *tables, pairs.code, links).view(q.shape)  # type: ignore[no-untyped-call]
+    return _Fused.apply(*flat, *tables, links.code, links).view(q.shape)  # type: ignore[no-untyped-call]
 
 
 class _Fused(torch.autograd.Function):
@@ -194,7 +224,7 @@ class _Fused(torch.autograd.Function):
         by_age, by_match = grad_z.new_empty(rows * chunks, heads, ages), grad_z.new_empty(rows * chunks, heads)
         _backward_of_bias[(chunks, heads, rows)](
             grad_z, code, fixed, by_distance, by_age, by_match, queries * slots, position.shape[1],
-            ages=time.shape[1], BLOCK_A=ages, CHUNK=CHUNK, ROUND=ROUND,
+            ages=time.shape[1], BLOCK_A=ages, CHUNK=CHUNK, ROUND=ROUND, num_warps=1,
         )  # fmt: skip
         tables = (by_distance / fixed.double()).float(), by_age.sum(0)[:, : time.shape[1]], by_match.sum(0)
         return grad_q, grad_k, grad_v, *tables, None, None

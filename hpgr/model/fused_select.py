@@ -28,8 +28,12 @@ MARGIN = 16
 """Blocks, and events, that survive the screening beyond the K that are wanted."""
 EVENTS = 16
 """Events of a block."""
-TILE_Q, TILE_N, TILE_D = 64, 128, 64
-"""Queries, events and dimensions of a screening program."""
+TILE_Q, TILE_N, SPAN = 128, 64, 16
+"""Queries and events that are screened together, and how many such tiles a program takes."""
+TILE_D = 64
+"""Dimensions at a time..."""
+WIDE_D, WIDE_ON = 256, (9, 10)
+"""... and of screened products on GPUs of these generations (H100, B200), whose programs have the shared memory."""
 SCREENED = 1 << 27
 """Most screened relevances alive at once (256 MB)."""
 MOST_EVENTS, MOST_ANCHORS = EVENTS << 14, (1 << 9) - MARGIN
@@ -39,26 +43,30 @@ MOST_EVENTS, MOST_ANCHORS = EVENTS << 14, (1 << 9) - MARGIN
 @triton.jit
 def _screen(query, key, visible, values, best, first, tile, queries, n, padded,
             D: tl.constexpr, EVENTS: tl.constexpr,
-            TILE_Q: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr):  # fmt: skip
-    """Relevances in 16 bits, and the best of each block, of TILE_Q queries and TILE_N events."""
+            TILE_Q: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr, SPAN: tl.constexpr):  # fmt: skip
+    """Relevances in 16 bits, and the best of each block, of TILE_Q queries and SPAN tiles of events, as far as one of
+    the queries sees. Vectors of up to TILE_D dimensions are read once."""
     b = tl.program_id(2).to(tl.int64)
-    t = tl.program_id(1) * TILE_Q + tl.arange(0, TILE_Q)
-    j = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
+    t, d = tl.program_id(1) * TILE_Q + tl.arange(0, TILE_Q), tl.arange(0, TILE_D)
     there = (t < tile) & (first + t < queries)
     query, key = query + (b * queries + first) * D, key + b * n * D
+    values, best = values + b * tile * padded, best + b * tile * (padded // EVENTS)
     seen = tl.load(visible + b * queries + first + t, mask=there, other=0).to(tl.int32)
-    if tl.max(seen, 0) > tl.program_id(0) * TILE_N:
-        product = tl.zeros([TILE_Q, TILE_N], tl.float32)
-        for start in range(0, D, TILE_D):
-            d = start + tl.arange(0, TILE_D)
-            q = tl.load(query + t[:, None] * D + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
-            k = tl.load(key + j[None, :] * D + d[:, None], mask=(j < n)[None, :] & (d < D)[:, None], other=0.0)
-            product = tl.dot(q, k, product)
+    q = tl.load(query + t[:, None] * D + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
+    begin = tl.program_id(0) * SPAN * TILE_N
+    for start in range(begin, tl.minimum(begin + SPAN * TILE_N, tl.max(seen, 0)), TILE_N):
+        j = start + tl.arange(0, TILE_N)
+        k = tl.load(key + j[None, :] * D + d[:, None], mask=(j < n)[None, :] & (d < D)[:, None], other=0.0)
+        product = tl.dot(q, k)
+        for more in range(TILE_D, D, TILE_D):
+            e = more + d
+            q_e = tl.load(query + t[:, None] * D + e[None, :], mask=there[:, None] & (e < D)[None, :], other=0.0)
+            k_e = tl.load(key + j[None, :] * D + e[:, None], mask=(j < n)[None, :] & (e < D)[:, None], other=0.0)
+            product = tl.dot(q_e, k_e, product)
         value = tl.where(j[None, :] < seen[:, None], product * 32700, -32767).to(tl.int16)
-        values, best = values + b * tile * padded, best + b * tile * (padded // EVENTS)
         tl.store(values + t[:, None] * padded + j[None, :], value, mask=there[:, None])
         highest = tl.max(tl.reshape(value, [TILE_Q, TILE_N // EVENTS, EVENTS]), 2)
-        block = tl.program_id(0) * (TILE_N // EVENTS) + tl.arange(0, TILE_N // EVENTS)
+        block = start // EVENTS + tl.arange(0, TILE_N // EVENTS)
         tl.store(best + t[:, None] * (padded // EVENTS) + block[None, :], highest, mask=there[:, None])
 
 
@@ -183,11 +191,13 @@ def choose_anchors(query: Tensor, key: Tensor, visible: Tensor, top_k: int) -> T
     best = values.new_empty(rows, tile, padded // EVENTS)
     blocks, places = (anchors.new_empty(rows, tile, survivors) for _ in range(2))
     half = [(x / x.norm(dim=-1).amax().clamp(min=1e-30)).half() for x in ((key,) if same else (query, key))]
+    most = WIDE_D if key.is_cuda and torch.cuda.get_device_capability(key.device)[0] in WIDE_ON else TILE_D
     for first in range(0, queries, tile):
         here, of = min(tile, queries - first), (first, tile, queries)
-        _screen[(padded // TILE_N, triton.cdiv(here, TILE_Q), rows)](
+        _screen[(triton.cdiv(padded, SPAN * TILE_N), triton.cdiv(here, TILE_Q), rows)](
             half[0], half[-1], visible, values, best, *of, n, padded,
-            D=width, EVENTS=EVENTS, TILE_Q=TILE_Q, TILE_N=TILE_N, TILE_D=TILE_D,
+            D=width, EVENTS=EVENTS, TILE_Q=TILE_Q, TILE_N=TILE_N,
+            TILE_D=min(most, max(16, triton.next_power_of_2(width))), SPAN=SPAN, num_warps=8,
         )  # fmt: skip
         _best_blocks[(here, rows)](
             visible, best, blocks, *of, padded, count, EVENTS=EVENTS,

@@ -22,8 +22,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpgr.model.select import Kept
-
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torch says once that compressed rows are in beta
     torch.sparse_csr_tensor([0, 0], [], torch.zeros(0), (1, 1), check_invariants=False)
@@ -46,14 +44,15 @@ def gather_pays(n: int, slots: int, device: torch.device) -> bool:
 class Links:
     """Kept keys of B rows of Q queries over histories of N events, the same in every layer and head.
 
-    `index` and `weight` [B, Q, S] as in `Kept`, weight 0 where a slot is unused; `fused` asks for Triton's kernels.
+    `index` and `weight` [B, Q, S] as in `select.Kept`, weight 0 where a slot is unused. `code` [B, Q, S] is what
+    Triton's kernels look biases up by (see `Pairs.code`); without it torch attends.
     """
 
     index: Tensor
     weight: Tensor
     events: int
     heads: int
-    fused: bool = False
+    code: Tensor | None = None
 
     @cached_property
     def key(self) -> Tensor:
@@ -97,11 +96,6 @@ class ByKey:
     order: Tensor
     query: Tensor
     start: Tensor
-
-
-def link(kept: Kept, n: int, heads: int, fused: bool = False) -> Links:
-    """Kept keys over histories of N events, for attention with so many heads."""
-    return Links(kept.index, kept.weight, n, heads, fused)
 
 
 def attend_kept(

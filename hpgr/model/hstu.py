@@ -98,10 +98,11 @@ class HstuLayer(nn.Module):
     ) -> Tensor:
         """One residual step of a stream's tokens [B, Q, D], reading the history's keys and values."""
         u, v, q, k = uvqk
-        if isinstance(r.weights, Links) and r.weights.fused:
+        if r.pairs is None:
             from hpgr.model.fused import attend_fused  # needs triton
 
-            mixed = attend_fused(q, *history_kv, (k, v), self.bias, r.pairs, r.weights)
+            assert isinstance(r.weights, Links)
+            mixed = attend_fused(q, *history_kv, (k, v), self.bias, r.weights)
         elif isinstance(r.weights, Links):
             mixed = attend_kept(q, *history_kv, (k, v), self.bias(r.pairs), self.bias.own, r.weights)
         else:
@@ -115,6 +116,7 @@ class HstuLayer(nn.Module):
     def shares(self, uvqk: tuple[Tensor, ...], history_kv: KeyValue, r: Relation) -> Tensor:
         """Share of each history event in a query's attention, mean over heads: [B, Q, N]."""
         assert isinstance(r.weights, Tensor), "shares need the weights of all events"
+        assert r.pairs is not None
         _, _, q, k = uvqk
         return attention_shares(q, history_kv[0], k, self.bias(r.pairs), self.bias.own, r.weights).mean(1)
 

@@ -125,6 +125,7 @@ class MtgrClick(TokenClick):
     def _relation(self, x: Inputs, item: Tensor, time: Tensor, visible: Tensor, sees: Tensor) -> tuple[Pairs, Tensor]:
         relation = relate(x, item, time, visible, sees, self.config, self.window)
         assert isinstance(relation.weights, Tensor)
+        assert relation.pairs is not None
         return relation.pairs, relation.weights
 
     def _of_events(self, x: Inputs) -> tuple[Tensor, Tensor]:

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from hpgr.config import Model, Pgsa
 from hpgr.errors import ConfigError
-from hpgr.model.gather import Links, gather_pays, link
+from hpgr.model.gather import Links, gather_pays
 from hpgr.model.inputs import Inputs
 from hpgr.model.pgsa import cap_weights, gaussian_weights, select_anchors
 from hpgr.model.select import Kept, most_slots, select_keys, select_weights
 from hpgr.model.timing import time_bucket
-
 
 FUSED_FROM = 128
 """Events of a padded history from which `auto` takes Triton's kernels on a GPU."""
@@ -66,10 +65,10 @@ class Relation:
     """How queries relate to the history, the same in every layer.
 
     `weights` are attention weights [B, Q, N], 0 where the query must not look, or the kept keys; `kept` is then
-    the choice that they were made of.
+    the choice that they were made of. Links with a code need no `pairs`.
     """
 
-    pairs: Pairs
+    pairs: Pairs | None
     weights: Tensor | Links
     kept: Kept | None = None
 
@@ -90,13 +89,19 @@ def relate(
 
 
 def relate_kept(x: Inputs, queries: Queries, kept: Kept, config: Model, window: int, fused: bool = False) -> Relation:
-    """`relate` for kept keys alone."""
+    """`relate` for kept keys alone, with their code if Triton's kernels are to attend."""
+    n = x.h_item.shape[1]
+    if fused:
+        from hpgr.model.fused import code_pairs  # needs triton
+
+        code = code_pairs(kept.index, queries, x.h_item, x.h_time, window, config.time_buckets)
+        return Relation(None, Links(kept.index, kept.weight, n, config.heads, code), kept)
     rows = torch.arange(len(kept.index), device=kept.index.device)[:, None, None]
     distance = (queries.visible[..., None] - kept.index).clamp(0, window)
     age = time_bucket(queries.time[..., None] - x.h_time[rows, kept.index], config.time_buckets)
     same = queries.item[..., None] == x.h_item[rows, kept.index]
     pairs = Pairs(distance, age, same, _bounds(config, window))
-    return Relation(pairs, link(kept, x.h_item.shape[1], config.heads, fused), kept)
+    return Relation(pairs, Links(kept.index, kept.weight, n, config.heads), kept)
 
 
 def _bounds(config: Model, window: int) -> tuple[int, int, int]:

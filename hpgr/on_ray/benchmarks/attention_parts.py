@@ -15,7 +15,7 @@ from hpgr.model.fused import sum_kept
 from hpgr.model.gather import Links
 from hpgr.model.hstu import RelativeBias
 from hpgr.model.inputs import Inputs
-from hpgr.model.relation import Pairs, Queries, keep, relate_kept
+from hpgr.model.relation import Queries, keep, relate_kept
 from hpgr.on_ray.benchmarks.dense_kernel import DenseKernel
 
 ROUNDS = 10
@@ -33,30 +33,24 @@ def parts(model: Model, x: Inputs) -> dict[str, dict[str, float]]:
     item = F.normalize(torch.randn(int(x.h_item.max()) + 1, model.width, device=x.h_item.device), dim=-1)[x.h_item]
     queries = Queries(x.h_item, x.h_time, x.h_visible)
 
-    def related() -> tuple[Pairs, Links]:
-        relation = relate_kept(x, queries, kept, model, n, fused=True)
-        assert isinstance(relation.weights, Links)
-        return relation.pairs, relation.weights
-
-    def coded() -> Tensor:
-        return related()[0].code
-
-    def ordered() -> Tensor:
-        return related()[1].by_event[0]
+    def related() -> Links:
+        links = relate_kept(x, queries, kept, model, n, fused=True).weights
+        assert isinstance(links, Links)
+        return links
 
     kept = keep(item, item, x.h_visible, model.pgsa, fused=True)
-    pairs, links = related()
+    links = related()
     bias = RelativeBias(heads, n, model.time_buckets).to(item.device)
     q, k, v = (torch.randn(rows, heads, n, width, device=item.device, dtype=torch.bfloat16, requires_grad=True)
                for _ in range(3))  # fmt: skip
     square, slots = rows * n * n / 2, kept.index.numel()
-    relation = milliseconds(coded)
+    relation = milliseconds(related)
     found = {
         "choice": milliseconds(lambda: keep(item, item, x.h_visible, model.pgsa, fused=True))
         | {"tflop": 2 * model.width * square / 1e12},
         "relation": relation,
-        "order": {"forward": milliseconds(ordered)["forward"] - relation["forward"]},
-        "sparse": both(lambda: sum_kept(q, k, v, bias, pairs, links), [q, k, v, *list(bias.parameters())[:3]])
+        "order": {"forward": milliseconds(lambda: related().by_event)["forward"] - relation["forward"]},
+        "sparse": both(lambda: sum_kept(q, k, v, bias, links), [q, k, v, *list(bias.parameters())[:3]])
         | {"gigabytes": 3 * 2 * 2 * model.width * slots / 1e9},
         "dense_kernel": both(lambda: DenseKernel.apply(q, k, v), [q, k, v])  # type: ignore[no-untyped-call]
         | {"tflop": 7 * 2 * model.width * square / 1e12},

@@ -21,7 +21,7 @@ with pytest.MonkeyPatch.context() as patch:
     from hpgr.model import fused
 
 from hpgr.errors import ConfigError
-from hpgr.model.gather import attend_kept, link
+from hpgr.model.gather import Links, attend_kept
 from hpgr.model.hstu import RelativeBias
 from hpgr.model.inputs import pad
 from hpgr.model.registry import click_model
@@ -60,10 +60,10 @@ def values_and_gradients(shape: tuple[int, ...], dtype: torch.dtype, fused_form:
         torch.nn.init.normal_(table)
     slots = (b, q, kept.index.shape[2])
     distance, age, same = (torch.randint(0, most, slots).to(DEVICE) for most in (n + 1, AGES, 2))
-    pairs, links = Pairs(distance, age.int(), same.bool(), (h, n + 1, AGES)), link(kept, n, h, fused_form)
-    attention = queries, k, v, (k_self, v_self)
+    pairs = Pairs(distance, age.int(), same.bool(), (h, n + 1, AGES))
+    links, attention = Links(kept.index, kept.weight, n, h, pairs.code), (queries, k, v, (k_self, v_self))
     if fused_form:
-        out = fused.attend_fused(*attention, bias, pairs, links)
+        out = fused.attend_fused(*attention, bias, links)
     else:
         out = attend_kept(*attention, bias(pairs), bias.own, links)
     factor = torch.linspace(-1, 2, out.numel(), device=DEVICE).view(out.shape)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from hpgr.config import Model, validate
 from hpgr.model import select
 from hpgr.model.attention import attend
-from hpgr.model.gather import attend_kept, gather_pays, link
+from hpgr.model.gather import Links, attend_kept, gather_pays
 from hpgr.model.hstu import HstuEncoder
 from hpgr.model.inputs import Inputs
 from hpgr.model.pgsa import cap_weights, gaussian_weights, select_anchors
@@ -146,7 +146,7 @@ def drawn_attention(b: int, h: int, q: int, n: int, e: int, seed: int) -> tuple[
 )
 def test_attention_over_kept_keys_equals_the_reference(b: int, h: int, q: int, n: int, e: int, seed: int) -> None:
     tensors, kept = drawn_attention(b, h, q, n, e, seed)
-    links = link(kept, n, h)
+    links = Links(kept.index, kept.weight, n, h)
     results = []
     for fast in (True, False):
         queries, k, v, k_self, v_self, bias, own = tensors
@@ -235,7 +235,7 @@ def test_nothing_of_the_size_of_the_square_is_saved_for_gradients(impl: str) -> 
 
 def test_gradients_are_the_same_bits_twice_and_on_any_number_of_threads() -> None:
     tensors, kept = drawn_attention(2, 2, 40, 60, 4, 0)
-    links = link(kept, 60, 2)
+    links = Links(kept.index, kept.weight, 60, 2)
     bias = torch.zeros(2, 2, *kept.index.shape[1:], dtype=torch.float64)
     queries, k, v, k_self, v_self, _, own = tensors
     results = []
