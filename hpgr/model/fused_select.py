@@ -6,8 +6,8 @@ A product of all pairs in float64 is what takes longest there, so relevances are
 in half precision, kept in 16 bits for a tile of queries (`_screen`). Of a query the best M = K + MARGIN blocks of
 events survive (`_best_blocks`), of their events the best M (`_best_events`), and of these the K anchors are chosen by
 relevances as exact as the reference's (`_choose`). What differs from the reference [D]: screened relevances are off by
-some 1e-4 of the longest vectors' product, so an anchor is missed where over MARGIN blocks, or events, that deserve
-less come within that of it. Equal vectors screen equal wherever they stand, and the more recent goes first throughout.
+up to 1e-3, as a rule 1e-5, so an anchor is missed where over MARGIN blocks, or events, that deserve less come as near.
+Equal vectors screen equal wherever they stand and whatever the batch, and the more recent goes first throughout.
 
 Import needs triton; kernels run on CUDA, or on a CPU under TRITON_INTERPRET=1.
 """
@@ -23,50 +23,42 @@ from torch import Tensor
 
 from hpgr.errors import ConfigError
 from hpgr.model.pgsa import gaussian_level
+from hpgr.model.select import FUSED_ANCHORS, FUSED_EVENTS
 
 MARGIN = 16
 """Blocks, and events, that survive the screening beyond the K that are wanted."""
 EVENTS = 16
 """Events of a block."""
-TILE_Q, TILE_N, SPAN = 128, 64, 16
-"""Queries and events that are screened together, and how many such tiles a program takes."""
-TILE_D = 64
-"""Dimensions at a time..."""
-WIDE_D, WIDE_ON = 256, (9, 10)
-"""... and of screened products on GPUs of these generations (H100, B200), whose programs have the shared memory."""
+TILE_Q, TILE_N, TILE_D = 64, 128, 64
+"""Queries, events and dimensions that a program takes at a time; measured on an H100."""
 SCREENED = 1 << 27
 """Most screened relevances alive at once (256 MB)."""
-MOST_EVENTS, MOST_ANCHORS = EVENTS << 14, (1 << 9) - MARGIN
-"""What a program ranks: 16,384 blocks, or the events of 512."""
 
 
 @triton.jit
 def _screen(query, key, visible, values, best, first, tile, queries, n, padded,
             D: tl.constexpr, EVENTS: tl.constexpr,
-            TILE_Q: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr, SPAN: tl.constexpr):  # fmt: skip
-    """Relevances in 16 bits, and the best of each block, of TILE_Q queries and SPAN tiles of events, as far as one of
-    the queries sees. Vectors of up to TILE_D dimensions are read once."""
+            TILE_Q: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr):  # fmt: skip
+    """Relevances in 16 bits, and the best of each block, of TILE_Q queries and TILE_N events."""
     b = tl.program_id(2).to(tl.int64)
-    t, d = tl.program_id(1) * TILE_Q + tl.arange(0, TILE_Q), tl.arange(0, TILE_D)
+    t = tl.program_id(1) * TILE_Q + tl.arange(0, TILE_Q)
+    j = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
     there = (t < tile) & (first + t < queries)
     query, key = query + (b * queries + first) * D, key + b * n * D
-    values, best = values + b * tile * padded, best + b * tile * (padded // EVENTS)
     seen = tl.load(visible + b * queries + first + t, mask=there, other=0).to(tl.int32)
-    q = tl.load(query + t[:, None] * D + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
-    begin = tl.program_id(0) * SPAN * TILE_N
-    for start in range(begin, tl.minimum(begin + SPAN * TILE_N, tl.max(seen, 0)), TILE_N):
-        j = start + tl.arange(0, TILE_N)
-        k = tl.load(key + j[None, :] * D + d[:, None], mask=(j < n)[None, :] & (d < D)[:, None], other=0.0)
-        product = tl.dot(q, k)
-        for more in range(TILE_D, D, TILE_D):
-            e = more + d
-            q_e = tl.load(query + t[:, None] * D + e[None, :], mask=there[:, None] & (e < D)[None, :], other=0.0)
-            k_e = tl.load(key + j[None, :] * D + e[:, None], mask=(j < n)[None, :] & (e < D)[:, None], other=0.0)
-            product = tl.dot(q_e, k_e, product)
-        value = tl.where(j[None, :] < seen[:, None], product * 32700, -32767).to(tl.int16)
+    if tl.max(seen, 0) > tl.program_id(0) * TILE_N:
+        product = tl.zeros([TILE_Q, TILE_N], tl.float32)
+        for start in range(0, D, TILE_D):
+            d = start + tl.arange(0, TILE_D)
+            q = tl.load(query + t[:, None] * D + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
+            k = tl.load(key + j[None, :] * D + d[:, None], mask=(j < n)[None, :] & (d < D)[:, None], other=0.0)
+            product = tl.dot(q, k, product)
+        product = tl.minimum(tl.maximum(product * 32766, -32766), 32766)
+        value = tl.where(j[None, :] < seen[:, None], product, -32767).to(tl.int16)
+        values, best = values + b * tile * padded, best + b * tile * (padded // EVENTS)
         tl.store(values + t[:, None] * padded + j[None, :], value, mask=there[:, None])
         highest = tl.max(tl.reshape(value, [TILE_Q, TILE_N // EVENTS, EVENTS]), 2)
-        block = start // EVENTS + tl.arange(0, TILE_N // EVENTS)
+        block = tl.program_id(0) * (TILE_N // EVENTS) + tl.arange(0, TILE_N // EVENTS)
         tl.store(best + t[:, None] * (padded // EVENTS) + block[None, :], highest, mask=there[:, None])
 
 
@@ -167,8 +159,8 @@ def choose_anchors(query: Tensor, key: Tensor, visible: Tensor, top_k: int) -> T
     """Anchors of each query, the most recent first: [B, Q, K] int32, -1 where there are fewer.
 
     Args:
-        query: [B, Q, D] item vectors of the queries.
-        key: [B, N, D] item vectors of the history.
+        query: [B, Q, D] item vectors of the queries, of length 1 at most: greater products all screen alike.
+        key: [B, N, D] item vectors of the history, likewise.
         visible: [B, Q] how many events of the history are strictly past.
         top_k: K.
 
@@ -176,10 +168,10 @@ def choose_anchors(query: Tensor, key: Tensor, visible: Tensor, top_k: int) -> T
         ConfigError: more events or anchors than can be ranked.
     """
     (rows, queries, width), n, same = query.shape, key.shape[1], query is key
-    if n > MOST_EVENTS or top_k > MOST_ANCHORS:
+    if n > FUSED_EVENTS or top_k > FUSED_ANCHORS:
         raise ConfigError(
-            f"model.pgsa.impl triton: got {n} events, top_k {top_k}, expected at most {MOST_EVENTS} and {MOST_ANCHORS}"
-            "; use model.pgsa.impl=gather there"
+            f"model.pgsa.impl triton: got {n} events and top_k {top_k}, expected at most {FUSED_EVENTS} and "
+            f"{FUSED_ANCHORS}; use model.pgsa.impl=gather there"
         )
     visible, key = visible.contiguous(), key.contiguous()
     query = key if same else query.contiguous()
@@ -190,14 +182,13 @@ def choose_anchors(query: Tensor, key: Tensor, visible: Tensor, top_k: int) -> T
     values = torch.empty(rows, tile, padded, dtype=torch.int16, device=key.device)
     best = values.new_empty(rows, tile, padded // EVENTS)
     blocks, places = (anchors.new_empty(rows, tile, survivors) for _ in range(2))
-    half = [(x / x.norm(dim=-1).amax().clamp(min=1e-30)).half() for x in ((key,) if same else (query, key))]
-    most = WIDE_D if key.is_cuda and torch.cuda.get_device_capability(key.device)[0] in WIDE_ON else TILE_D
+    half_key = key.half()
+    half_query = half_key if same else query.half()
     for first in range(0, queries, tile):
         here, of = min(tile, queries - first), (first, tile, queries)
-        _screen[(triton.cdiv(padded, SPAN * TILE_N), triton.cdiv(here, TILE_Q), rows)](
-            half[0], half[-1], visible, values, best, *of, n, padded,
-            D=width, EVENTS=EVENTS, TILE_Q=TILE_Q, TILE_N=TILE_N,
-            TILE_D=min(most, max(16, triton.next_power_of_2(width))), SPAN=SPAN, num_warps=8,
+        _screen[(padded // TILE_N, triton.cdiv(here, TILE_Q), rows)](
+            half_query, half_key, visible, values, best, *of, n, padded,
+            D=width, EVENTS=EVENTS, TILE_Q=TILE_Q, TILE_N=TILE_N, TILE_D=TILE_D,
         )  # fmt: skip
         _best_blocks[(here, rows)](
             visible, best, blocks, *of, padded, count, EVENTS=EVENTS,

@@ -30,6 +30,9 @@ TILE_GPU = 1 << 25
 """... and on a GPU, where few launches count."""
 BLOCK = 16
 """Events of a block; histories of fewer than two blocks an anchor are searched whole."""
+FUSED_EVENTS, FUSED_ANCHORS = 1 << 18, 496
+"""Most events of a history, and anchors, that Triton's kernels rank: a program looks at 16,384 blocks of 16 events,
+then at the events of 512."""
 FAR = 1 << 40
 """A distance no history reaches."""
 

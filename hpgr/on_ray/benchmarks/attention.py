@@ -2,7 +2,7 @@
 
 Both ways run the same layers with the same relative bias on the same tokens, in turns; PGSA's time includes its choice
 of keys. `ratios` compares what `pgsa.impl: auto` runs with dense attention as the platform trains it, `gather_ratios`
-the gather at every length (`triton_ratios` the fused kernels, on a GPU), and `ratios_over_tiled_dense` takes a harder
+the gather at every length, and `ratios_over_tiled_dense` takes a harder
 baseline: dense attention in causal tiles of queries that are computed again for gradients, half the work in little
 memory. A step holds as many events whatever their length, as a training batch does, so short histories come several at
 a time. Peak memory is that of a process that runs one step, beyond what it held before.
@@ -47,7 +47,7 @@ from hpgr.schema import SECOND
 
 Say = Callable[[str], None]
 ITEMS = 5000
-WAYS = {"cpu": ("dense", "tiled_dense", "auto", "gather"), "cuda": ("dense_kernel", "triton", "dense", "auto")}
+WAYS = {"cpu": ("dense", "tiled_dense", "auto", "gather"), "cuda": ("dense_kernel", "auto", "dense")}
 TILE = 1 << 20
 """Query-key pairs of a tile."""
 LENGTHS, LENGTHS_ON_GPU = "200,1024,4096,8192", "2048,4096,8192,16384,32768"
@@ -92,7 +92,6 @@ def run(options: argparse.Namespace, say: Say) -> dict[str, Any]:
     return {
         "ratios": ratios(seconds, "auto", base),
         **({} if cuda else {"gather_ratios": ratios(seconds, "gather")}),
-        **({"triton_ratios": ratios(seconds, "triton", base)} if cuda else {}),
         **({} if cuda else {"ratios_over_tiled_dense": ratios(seconds, "auto", "tiled_dense")}),
         **({} if cuda else {"ratios_by_cpu_time": ratios(processor, "auto")}),
         "memory_ratios": {n: ways[base] / max(ways["auto"], 0.1) for n, ways in memory.items()},

@@ -11,6 +11,7 @@ import torch
 from helpers_model import SIZES, log_config, make_run, random_batch, shaken, tiny, worker
 from test_gather import drawn_attention
 from torch import Tensor
+from torch.nn import functional as F
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if find_spec("triton") is None:
@@ -18,15 +19,17 @@ if find_spec("triton") is None:
 with pytest.MonkeyPatch.context() as patch:
     if DEVICE == "cpu":
         patch.setenv("TRITON_INTERPRET", "1")  # read where kernels are defined
-    from hpgr.model import fused
+    from hpgr.model import fused, fused_select
+    from hpgr.on_ray.benchmarks.dense_kernel import DenseKernel
 
 from hpgr.errors import ConfigError
 from hpgr.model.gather import Links, attend_kept
 from hpgr.model.hstu import RelativeBias
 from hpgr.model.inputs import pad
+from hpgr.model.pgsa import select_anchors
 from hpgr.model.registry import click_model
-from hpgr.model.relation import Pairs
-from hpgr.model.select import Kept
+from hpgr.model.relation import Pairs, Queries, fused_pays, relate_kept
+from hpgr.model.select import Kept, select_keys
 from hpgr.training.two_stage import train
 
 SHAPES = pytest.mark.parametrize(
@@ -85,6 +88,91 @@ def test_halves_go_in_and_sums_are_whole() -> None:
     assert ours[0].dtype == torch.float32
     for mine, other in zip(ours[:4], whole[:4], strict=True):
         assert float((mine.float() - other).detach().norm() / other.detach().norm()) < 0.01
+
+
+def test_gradients_are_the_same_bits_twice() -> None:
+    """Biases' too, whose sums many programs share."""
+    once, twice = (values_and_gradients((2, 2, 20, 40, 8), torch.float32, True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
+
+
+def drawn_choice(b: int, q: int, n: int, d: int, items: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and histories of a few items, so that relevances tie; one query sees nothing and one everything."""
+    generator = torch.Generator().manual_seed(n)
+    table = F.normalize(torch.randn(items, d, generator=generator), dim=-1)
+    query, key = (table[torch.randint(0, items, (b, size), generator=generator)] for size in (q, n))
+    visible = torch.randint(0, n + 1, (b, q), generator=generator)
+    visible[0, 0], visible[-1, -1] = 0, n
+    return query.to(DEVICE), key.to(DEVICE), visible.to(DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("shape", "top_k", "sigma", "cap"),
+    [
+        ((2, 7, 50, 5, 9), 3, 1.0, None),
+        ((1, 30, 200, 16, 20), 8, 1.0, 20),
+        ((2, 5, 33, 3, 4), 40, 0.0, None),
+        ((1, 9, 300, 70, 100), 40, 2.0, 64),
+        ((1, 6, 1000, 16, 3), 8, 0.5, 64),
+        ((1, 1, 1, 4, 1), 1, 1.0, None),
+    ],
+    ids=["small", "capped", "more anchors than events", "more dimensions than a tile", "hundreds tie", "one of all"],
+)
+def test_the_choice_is_the_plain_one(shape: Any, top_k: int, sigma: float, cap: int | None) -> None:
+    drawn = drawn_choice(*shape)
+    plain, chosen = (select_keys(*drawn, top_k, sigma, cap, fused=by_kernels) for by_kernels in (False, True))
+    assert torch.equal(chosen.index, plain.index)
+    assert torch.equal(chosen.weight, plain.weight)
+
+
+def test_the_choice_goes_by_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = drawn_choice(1, 70, 40, 4, 12)
+    whole = fused_select.choose_anchors(*drawn, 4)
+    monkeypatch.setattr(fused_select, "SCREENED", 1)
+    assert torch.equal(fused_select.choose_anchors(*drawn, 4), whole)
+
+
+def test_near_relevances_are_told_apart_exactly() -> None:
+    """Screening, in 16 bits, cannot; what survives it is ranked in float64."""
+    angle = torch.linspace(0, 1e-3, 30, dtype=torch.float64)
+    key = torch.stack([angle.cos(), angle.sin()], -1).float()[torch.randperm(30)].to(DEVICE)[None]
+    query, visible = key.new_tensor([[[1.0, 0.0]]]), torch.tensor([[30]], device=DEVICE)
+    chosen = fused_select.choose_anchors(query, key, visible, 14)[0, 0].sort().values
+    assert torch.equal(chosen.long(), select_anchors(query, key, visible, 14)[0][0, 0].sort().values)
+
+
+def test_what_cannot_be_ranked_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"got 10 events and top_k 600, .* at most 262144 and 496; use .*gather"
+    ):
+        fused_select.choose_anchors(*drawn_choice(1, 2, 10, 4, 3), 600)
+    assert not fused_pays(1000, 600, torch.device("cuda"))
+    assert not fused_pays(1000, 8, torch.device("cpu"))
+
+
+def test_codes_are_those_of_pairs() -> None:
+    config, x = tiny(stream={"window": 9}).model, pad(random_batch(3, 14, 4, seed=2), DEVICE)
+    queries = Queries(x.c_item, x.c_time, x.c_visible)
+    index = torch.randint(0, x.h_item.shape[1], (*x.c_item.shape, 7)).to(DEVICE)
+    kept = Kept(index, torch.ones(index.shape, device=DEVICE))
+    pairs = relate_kept(x, queries, kept, config, 9).pairs
+    links = relate_kept(x, queries, kept, config, 9, fused=True).weights
+    assert pairs is not None
+    assert isinstance(links, Links)
+    assert torch.equal(links.code, pairs.code)
+
+
+def test_the_dense_kernel_of_the_benchmark_is_attention_without_a_bias() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 150, 16, device=DEVICE, requires_grad=True) for _ in range(3))
+    past = torch.ones(150, 150, device=DEVICE).tril(-1)
+    plain = (F.silu(q @ k.transpose(2, 3) / 4) * past) @ v
+    out: Tensor = DenseKernel.apply(q, k, v)  # type: ignore[no-untyped-call]
+    close = {"rtol": 1e-4, "atol": 1e-4} if DEVICE == "cpu" else {"rtol": 1e-2, "atol": 1e-1}  # TF32, rough sigmoids
+    torch.testing.assert_close(out, plain, **close)
+    grad = torch.randn_like(plain)
+    for ours, theirs in zip(*(torch.autograd.grad(o, (q, k, v), grad) for o in (out, plain)), strict=True):
+        torch.testing.assert_close(ours, theirs, **close)
 
 
 def outcome(impl: str, **pgsa: Any) -> tuple[Tensor, dict[str, Tensor]]:
