@@ -30,7 +30,8 @@ class Pgsa(Section):
     """How it is computed; scores agree to 1e-5. reference: weights over the whole history. gather: kept keys alone,
     time and memory linear in them. triton: the same as fused kernels, on a CUDA GPU with the package triton. auto: keys
     chosen the fast way; on a CPU gather where a batch's padded histories are long (256 events, and four times the keys
-    a query may keep), else the whole history with its weights."""
+    a query may keep), on a GPU triton where it is installed and histories are 128 events or more, else the whole
+    history with its weights."""
 
 
 class Sem(Section):

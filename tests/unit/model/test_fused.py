@@ -142,9 +142,7 @@ def test_near_relevances_are_told_apart_exactly() -> None:
 
 
 def test_what_cannot_be_ranked_is_refused() -> None:
-    with pytest.raises(
-        ConfigError, match=r"got 10 events and top_k 600, .* at most 262144 and 496; use .*gather"
-    ):
+    with pytest.raises(ConfigError, match=r"got 10 events and top_k 600, .* at most 262144 and 496; use .*gather"):
         fused_select.choose_anchors(*drawn_choice(1, 2, 10, 4, 3), 600)
     assert not fused_pays(1000, 600, torch.device("cuda"))
     assert not fused_pays(1000, 8, torch.device("cpu"))
