@@ -2,6 +2,7 @@
 """Measure speed and memory, each way against its baseline in the same run; ratios come first.
 
 python jobs/benchmark.py attention                                 # 5 minutes on 2 cores, 9 GB for dense at 8192
+python jobs/benchmark.py attention --device cuda                   # 2 minutes on one GPU of 80 GB
 python jobs/benchmark.py prepare                                   # 10 million rows; pip install 'hpgr[peers]' first
 python jobs/benchmark.py step --log .../ml-1m.parquet              # pip install 'hpgr[step-peers]' elsewhere first
 python jobs/benchmark.py stream                                    # minutes on 2 cores

@@ -27,11 +27,12 @@ class Pgsa(Section):
     """Averages of what the user did with the anchors of a candidate, added to its token, each at a learnt sharpness;
     0 leaves them out. They do not depend on `enabled`, which is about attention."""
     impl: Literal["reference", "gather", "triton", "auto"] = "auto"
-    """How it is computed; scores agree to 1e-5. reference: weights over the whole history. gather: kept keys alone,
-    time and memory linear in them. triton: the same as fused kernels, on a CUDA GPU with the package triton. auto: keys
-    chosen the fast way; on a CPU gather where a batch's padded histories are long (256 events, and four times the keys
-    a query may keep), on a GPU triton where it is installed and histories are 128 events or more, else the whole
-    history with its weights."""
+    """How it is computed. reference: weights over the whole history. gather: kept keys alone, time and memory linear in
+    them; scores agree to 1e-5. triton: the same as fused kernels, on a CUDA GPU with the package triton and a C
+    compiler, for up to 262,144 events and 496 anchors; they screen anchors in half precision first. auto: keys chosen
+    the fast way; on a CPU gather where a batch's padded histories are long (256 events, and four times the keys a query
+    may keep), on a GPU triton where it can run and histories are 200 events or more, else the whole history with its
+    weights."""
 
 
 class Sem(Section):

@@ -161,10 +161,11 @@ def code_pairs(index: Tensor, queries: Queries, h_item: Tensor, h_time: Tensor, 
     buckets may fall into the other one on a GPU, whose logarithm is rounded otherwise."""
     code = torch.empty(index.shape, dtype=torch.int32, device=index.device)
     columns = (x.contiguous() for x in (index, *queries, h_item, h_time))
-    _code[(triton.cdiv(code.numel(), BLOCK),)](
-        *columns, code, code.numel(), *index.shape[:0:-1], h_item.shape[1], window, bucket_scale(ages),
-        ages=ages, SECOND=SECOND, BLOCK=BLOCK,
-    )  # fmt: skip
+    with torch.cuda.device_of(code):  # Triton launches on the current device, wherever the tensors are
+        _code[(triton.cdiv(code.numel(), BLOCK),)](
+            *columns, code, code.numel(), *index.shape[:0:-1], h_item.shape[1], window, bucket_scale(ages),
+            ages=ages, SECOND=SECOND, BLOCK=BLOCK,
+        )  # fmt: skip
     return code
 
 
@@ -183,7 +184,7 @@ def sum_kept(q: Tensor, k: Tensor, v: Tensor, bias: RelativeBias, links: Links) 
     """sum_s w_s SiLU(<q, k_s> / sqrt(E) + b_s) v_s over kept keys: [B, H, Q, E] float32."""
     tables = (table.float().contiguous() for table in (bias.position, bias.time, bias.match))
     flat = (x.flatten(0, 2).contiguous() for x in (q, k, v))
-    return _Fused.apply(*flat, *tables, links.code, links).view(q.shape)  # type: ignore[no-untyped-call]
+    return _Fused.apply(*flat, *tables, links.code, links).view(q.shape)
 
 
 class _Fused(torch.autograd.Function):
@@ -197,16 +198,19 @@ class _Fused(torch.autograd.Function):
         out = q.new_empty(q.shape, dtype=torch.float32)
         ctx.save_for_backward(q, k, v, position, time, match, code)
         ctx.links = links
-        _forward[(len(q),)](
-            q, k, v, code, links.index, links.weight, position, time, match, out, *_sizes(q, links), position.shape[1],
-            ages=time.shape[1], BLOCK_S=SLOTS, **_widths(q),
-        )  # fmt: skip
+        with torch.cuda.device_of(q):
+            _forward[(len(q),)](
+                q, k, v, code, links.index, links.weight, position, time, match, out,
+                *_sizes(q, links), position.shape[1], ages=time.shape[1], BLOCK_S=SLOTS, **_widths(q),
+            )  # fmt: skip
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of q, k, v and the biases."""
         (q, k, v, position, time, match, code), links = ctx.saved_tensors, ctx.links
+        if not len(q):
+            return *(torch.zeros_like(x) for x in (q, k, v, position, time, match)), None, None
         grad = grad.to(q.dtype).contiguous()
         (rows, queries, slots), heads = links.index.shape, links.heads
         kept, grad_z = (torch.empty(len(q), slots, device=q.device) for _ in range(2))
@@ -218,7 +222,7 @@ class _Fused(torch.autograd.Function):
         _backward_of_keys[(len(k),)](
             q, grad, kept, grad_z, *links.by_event, grad_k, grad_v, *_sizes(q, links), BLOCK_P=PAIRS, **_widths(q)
         )
-        fixed = FIXED / grad_z.abs().amax().clamp(min=1e-30)
+        fixed = FIXED / grad_z.abs().amax().clamp(min=1e-20)
         chunks, ages = triton.cdiv(queries * slots, CHUNK), triton.next_power_of_2(time.shape[1])
         by_distance = torch.zeros(position.shape, dtype=torch.int64, device=q.device)
         by_age, by_match = grad_z.new_empty(rows * chunks, heads, ages), grad_z.new_empty(rows * chunks, heads)

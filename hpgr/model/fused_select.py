@@ -6,8 +6,8 @@ A product of all pairs in float64 is what takes longest there, so relevances are
 in half precision, kept in 16 bits for a tile of queries (`_screen`). Of a query the best M = K + MARGIN blocks of
 events survive (`_best_blocks`), of their events the best M (`_best_events`), and of these the K anchors are chosen by
 relevances as exact as the reference's (`_choose`). What differs from the reference [D]: screened relevances are off by
-up to 1e-3, as a rule 1e-5, so an anchor is missed where over MARGIN blocks, or events, that deserve less come as near.
-Equal vectors screen equal wherever they stand and whatever the batch, and the more recent goes first throughout.
+4e-5 as a rule, so an anchor is missed where over MARGIN blocks, or events, that deserve less come as near. Equal
+vectors screen equal wherever they stand and whatever the batch, and the more recent goes first throughout.
 
 Import needs triton; kernels run on CUDA, or on a CPU under TRITON_INTERPRET=1.
 """
@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
 from hpgr.errors import ConfigError
 from hpgr.model.pgsa import gaussian_level
@@ -159,48 +160,49 @@ def choose_anchors(query: Tensor, key: Tensor, visible: Tensor, top_k: int) -> T
     """Anchors of each query, the most recent first: [B, Q, K] int32, -1 where there are fewer.
 
     Args:
-        query: [B, Q, D] item vectors of the queries, of length 1 at most: greater products all screen alike.
-        key: [B, N, D] item vectors of the history, likewise.
+        query: [B, Q, D] item vectors of the queries, of any length.
+        key: [B, N, D] item vectors of the history, of length 1 at most: longer ones screen alike.
         visible: [B, Q] how many events of the history are strictly past.
         top_k: K.
 
     Raises:
         ConfigError: more events or anchors than can be ranked.
     """
-    (rows, queries, width), n, same = query.shape, key.shape[1], query is key
+    (rows, queries, width), n = query.shape, key.shape[1]
     if n > FUSED_EVENTS or top_k > FUSED_ANCHORS:
         raise ConfigError(
             f"model.pgsa.impl triton: got {n} events and top_k {top_k}, expected at most {FUSED_EVENTS} and "
             f"{FUSED_ANCHORS}; use model.pgsa.impl=gather there"
         )
-    visible, key = visible.contiguous(), key.contiguous()
-    query = key if same else query.contiguous()
+    anchors = torch.full((rows, queries, top_k), -1, dtype=torch.int32, device=key.device)
+    if not n * queries * rows:
+        return anchors
+    query, key, visible = query.contiguous(), key.contiguous(), visible.contiguous()
+    half_query, half_key = F.normalize(query, dim=-1).half(), key.half()  # a query's length changes no order
     count, padded = top_k + MARGIN, triton.cdiv(n, TILE_N) * TILE_N
     survivors = triton.next_power_of_2(count)
-    anchors = torch.full((rows, queries, top_k), -1, dtype=torch.int32, device=key.device)
     tile = max(TILE_Q, min(queries, SCREENED // (rows * padded)))
     values = torch.empty(rows, tile, padded, dtype=torch.int16, device=key.device)
     best = values.new_empty(rows, tile, padded // EVENTS)
     blocks, places = (anchors.new_empty(rows, tile, survivors) for _ in range(2))
-    half_key = key.half()
-    half_query = half_key if same else query.half()
-    for first in range(0, queries, tile):
-        here, of = min(tile, queries - first), (first, tile, queries)
-        _screen[(padded // TILE_N, triton.cdiv(here, TILE_Q), rows)](
-            half_query, half_key, visible, values, best, *of, n, padded,
-            D=width, EVENTS=EVENTS, TILE_Q=TILE_Q, TILE_N=TILE_N, TILE_D=TILE_D,
-        )  # fmt: skip
-        _best_blocks[(here, rows)](
-            visible, best, blocks, *of, padded, count, EVENTS=EVENTS,
-            BLOCKS=triton.next_power_of_2(padded // EVENTS), SURVIVORS=survivors,
-        )  # fmt: skip
-        _best_events[(here, rows)](
-            visible, values, blocks, places, *of, padded, count, EVENTS=EVENTS, SURVIVORS=survivors
-        )
-        _choose[(here, rows)](
-            query, key, blocks, places, anchors, *of, n, top_k,
-            D=width, EVENTS=EVENTS, SURVIVORS=survivors, TILE_D=TILE_D,
-        )  # fmt: skip
+    with torch.cuda.device_of(key):  # Triton launches on the current device, wherever the tensors are
+        for first in range(0, queries, tile):
+            here, of = min(tile, queries - first), (first, tile, queries)
+            _screen[(padded // TILE_N, triton.cdiv(here, TILE_Q), rows)](
+                half_query, half_key, visible, values, best, *of, n, padded,
+                D=width, EVENTS=EVENTS, TILE_Q=TILE_Q, TILE_N=TILE_N, TILE_D=TILE_D,
+            )  # fmt: skip
+            _best_blocks[(here, rows)](
+                visible, best, blocks, *of, padded, count, EVENTS=EVENTS,
+                BLOCKS=triton.next_power_of_2(padded // EVENTS), SURVIVORS=survivors,
+            )  # fmt: skip
+            _best_events[(here, rows)](
+                visible, values, blocks, places, *of, padded, count, EVENTS=EVENTS, SURVIVORS=survivors
+            )
+            _choose[(here, rows)](
+                query, key, blocks, places, anchors, *of, n, top_k,
+                D=width, EVENTS=EVENTS, SURVIVORS=survivors, TILE_D=TILE_D,
+            )  # fmt: skip
     return anchors
 
 
@@ -210,10 +212,13 @@ def spread_anchors(anchors: Tensor, visible: Tensor, n: int, sigma: float, slots
     levels = [level for level in levels if level > 0]
     index = torch.zeros(*visible.shape, slots, dtype=torch.int64, device=anchors.device)
     weight = torch.zeros(index.shape, device=anchors.device)
+    if not index.numel():
+        return index, weight
     level = torch.tensor(levels, device=anchors.device)
     top_k = anchors.shape[-1]
-    _spread[(visible.numel(),)](
-        anchors, visible.contiguous(), level, index, weight, top_k, slots, len(levels) - 1,
-        ANCHORS=triton.next_power_of_2(top_k),
-    )  # fmt: skip
+    with torch.cuda.device_of(anchors):
+        _spread[(visible.numel(),)](
+            anchors, visible.contiguous(), level, index, weight, top_k, slots, len(levels) - 1,
+            ANCHORS=triton.next_power_of_2(top_k),
+        )  # fmt: skip
     return index, weight

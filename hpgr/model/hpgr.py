@@ -16,7 +16,7 @@ from hpgr.model.inputs import Inputs
 from hpgr.model.noise import Noise, number_sites
 from hpgr.model.pgsa import select_anchors, visible_mask
 from hpgr.model.preference import PreferenceFeatures, nearest
-from hpgr.model.relation import Queries, Relation, keep, relate, relate_sparsely, sparse_weights
+from hpgr.model.relation import Queries, Relation, fuses, keep, relate, relate_sparsely, sparse_weights
 from hpgr.model.select import Kept
 from hpgr.model.sem import Sem
 
@@ -135,7 +135,9 @@ class HpgrClick(HstuClick):
         vectors = self.history_vectors(x)
         if vectors is None:
             return x.c_visible
-        return keep(self.anchor_vectors(x.c_item), vectors, x.c_visible, self.config.pgsa).count()
+        pgsa = self.config.pgsa
+        fused = fuses(pgsa.impl, vectors.shape[1], pgsa.top_k, vectors.device)
+        return keep(self.anchor_vectors(x.c_item), vectors, x.c_visible, pgsa, fused).count()
 
     def candidate_weights(self, x: Inputs, past: Past) -> Tensor:
         if past.vectors is None:

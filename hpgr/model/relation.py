@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
+from shutil import which
 from typing import NamedTuple
 
 import torch
@@ -22,9 +23,9 @@ from hpgr.model.pgsa import cap_weights, gaussian_weights, select_anchors
 from hpgr.model.select import FUSED_ANCHORS, FUSED_EVENTS, Kept, most_slots, select_keys, select_weights
 from hpgr.model.timing import time_bucket
 
-FUSED_FROM = 128
-"""Events of a padded history from which `auto` takes Triton's kernels on a GPU; at 200 they took 14 ms on an H100 where
-whole maps took 22."""
+FUSED_FROM = 200
+"""Events of a padded history from which `auto` takes Triton's kernels on a GPU: there a training step took 14 ms on an
+H100, with whole maps 22. Shorter ones are not measured."""
 
 
 class Queries(NamedTuple):
@@ -121,7 +122,7 @@ def relate_sparsely(
         return relate(x, *queries, sparse_weights(query, key, queries.visible, config.pgsa), config, window)
     pgsa = config.pgsa
     slots = most_slots(n, pgsa.top_k, pgsa.sigma, pgsa.max_keys)
-    fused = impl == "triton" or (impl == "auto" and fused_pays(n, pgsa.top_k, key.device))
+    fused = fuses(impl, n, pgsa.top_k, key.device)
     if impl == "auto" and not fused and not gather_pays(n, slots, key.device):
         weights = select_weights(query, key, queries.visible, pgsa.top_k, pgsa.sigma, pgsa.max_keys)
         return relate(x, *queries, weights, config, window)
@@ -129,20 +130,31 @@ def relate_sparsely(
     return relate_kept(x, queries, kept, config, window, fused)
 
 
-def fused_pays(n: int, top_k: int, device: torch.device) -> bool:
-    """What `pgsa.impl: auto` asks on a GPU: do histories of N events attend faster by Triton's kernels?"""
+def fuses(impl: str, n: int, top_k: int, device: torch.device) -> bool:
+    """Whether Triton's kernels choose keys and attend: asked for, or by `auto` on a GPU where they can and pay."""
     fits = FUSED_FROM <= n <= FUSED_EVENTS and top_k <= FUSED_ANCHORS
-    return fits and device.type == "cuda" and find_spec("triton") is not None
+    return impl == "triton" or (impl == "auto" and fits and device.type == "cuda" and not lacking(device))
 
 
 def check_triton(device: torch.device) -> None:
     """Whether `pgsa.impl: triton` can run there. Raises ConfigError."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if find_spec("triton") is None or not (device.type == "cuda" or interpreted):
+    if missing := lacking(device):
         raise ConfigError(
-            f"model.pgsa.impl triton: got a model on {device.type} and {'a' if find_spec('triton') else 'no'} package "
-            "triton, expected a CUDA GPU and triton (pip install 'hpgr[triton]'); use model.pgsa.impl=auto here"
+            f"model.pgsa.impl triton: got a model on {device.type} and no {missing}, expected a CUDA GPU, triton "
+            "(pip install 'hpgr[triton]') and a C compiler, which triton builds its launchers by; "
+            "use model.pgsa.impl=auto here"
         )
+
+
+def lacking(device: torch.device) -> str:
+    """What Triton's kernels need and have not, or nothing."""
+    if find_spec("triton") is None:
+        return "package triton"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return ""
+    if device.type != "cuda":
+        return "GPU"
+    return "" if os.environ.get("CC") or which("gcc") or which("clang") else "C compiler"
 
 
 def sparse_weights(query: Tensor, key: Tensor, visible: Tensor, pgsa: Pgsa) -> Tensor:

@@ -90,6 +90,7 @@ def select_keys(
     if fused:
         from hpgr.model import fused_select  # needs triton
 
+        visible = visible.clamp(max=n)  # kernels must not look beyond
         with torch.no_grad():
             anchors = fused_select.choose_anchors(query, key, visible, min(top_k, n))
             return Kept(*fused_select.spread_anchors(anchors, visible, n, sigma, slots))

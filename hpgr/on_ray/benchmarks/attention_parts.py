@@ -46,10 +46,12 @@ def parts(model: Model, x: Inputs) -> dict[str, dict[str, float]]:
     square, slots = rows * n * n / 2, kept.index.numel()
     relation = milliseconds(related)
     found = {
-        "choice": milliseconds(lambda: keep(item, item, x.h_visible, model.pgsa, fused=True))
-        | {"tflop": 2 * model.width * square / 1e12},
-        "relation": relation,
-        "order": {"forward": milliseconds(lambda: related().by_event)["forward"] - relation["forward"]},
+        "choice": {
+            "forward": milliseconds(lambda: keep(item, item, x.h_visible, model.pgsa, fused=True)),
+            "tflop": 2 * model.width * square / 1e12,
+        },
+        "relation": {"forward": relation},
+        "order": {"forward": milliseconds(lambda: related().by_event) - relation},
         "sparse": both(lambda: sum_kept(q, k, v, bias, links), [q, k, v, *list(bias.parameters())[:3]])
         | {"gigabytes": 3 * 2 * 2 * model.width * slots / 1e9},
         "dense_kernel": both(lambda: DenseKernel.apply(q, k, v), [q, k, v])  # type: ignore[no-untyped-call]
@@ -76,10 +78,10 @@ def both(forward: Callable[[], Tensor], inputs: list[Tensor]) -> dict[str, float
     out = forward()
     grad = torch.randn_like(out)
     back = milliseconds(lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True))
-    return milliseconds(forward) | {"backward": back["forward"]}
+    return {"forward": milliseconds(forward), "backward": back}
 
 
-def milliseconds(work: Work) -> dict[str, float]:
+def milliseconds(work: Work) -> float:
     """Median of some runs on the GPU, after two to warm up."""
     times = []
     for turn in range(ROUNDS + 2):
@@ -90,12 +92,12 @@ def milliseconds(work: Work) -> dict[str, float]:
         torch.cuda.synchronize()
         if turn >= 2:
             times.append(start.elapsed_time(end))
-    return {"forward": median(times)}
+    return median(times)
 
 
 def limits() -> dict[str, float]:
     """What the GPU reaches: TFLOP a second of a bf16 matrix product, GB a second read and written by a copy."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     big = torch.randn(1 << 29, device="cuda")
-    product, copy = milliseconds(lambda: a @ b)["forward"], milliseconds(big.clone)["forward"]
+    product, copy = milliseconds(lambda: a @ b), milliseconds(big.clone)
     return {"tflop_a_second": 2 * 8192**3 / product / 1e9, "gigabytes_a_second": 2 * 4 * big.numel() / copy / 1e6}

@@ -20,16 +20,19 @@ with pytest.MonkeyPatch.context() as patch:
     if DEVICE == "cpu":
         patch.setenv("TRITON_INTERPRET", "1")  # read where kernels are defined
     from hpgr.model import fused, fused_select
+    from hpgr.on_ray.benchmarks.attention_parts import attention_alone
     from hpgr.on_ray.benchmarks.dense_kernel import DenseKernel
 
+from hpgr.config import validate
 from hpgr.errors import ConfigError
 from hpgr.model.gather import Links, attend_kept
-from hpgr.model.hstu import RelativeBias
+from hpgr.model.hstu import HstuEncoder, RelativeBias
 from hpgr.model.inputs import pad
 from hpgr.model.pgsa import select_anchors
 from hpgr.model.registry import click_model
-from hpgr.model.relation import Pairs, Queries, fused_pays, relate_kept
-from hpgr.model.select import Kept, select_keys
+from hpgr.model.relation import FUSED_FROM, Pairs, Queries, check_triton, fuses, relate_kept
+from hpgr.model.select import FUSED_ANCHORS, FUSED_EVENTS, Kept, select_keys
+from hpgr.on_ray.benchmarks import attention
 from hpgr.training.two_stage import train
 
 SHAPES = pytest.mark.parametrize(
@@ -40,6 +43,8 @@ SHAPES = pytest.mark.parametrize(
 
 
 AGES = 5
+CLOSE = {"rtol": 1e-4, "atol": 1e-4} if DEVICE == "cpu" else {"rtol": 1e-2, "atol": 1e-1}
+"""For the dense kernel: on a GPU its products are in TF32, and its sigmoids rough."""
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +96,7 @@ def test_halves_go_in_and_sums_are_whole() -> None:
 
 
 def test_gradients_are_the_same_bits_twice() -> None:
-    """Biases' too, whose sums many programs share."""
+    """Biases' too, whose sums many programs share. It can fail on a GPU alone: the interpreter runs them in turn."""
     once, twice = (values_and_gradients((2, 2, 20, 40, 8), torch.float32, True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
 
@@ -114,9 +119,18 @@ def drawn_choice(b: int, q: int, n: int, d: int, items: int) -> tuple[Tensor, Te
         ((2, 5, 33, 3, 4), 40, 0.0, None),
         ((1, 9, 300, 70, 100), 40, 2.0, 64),
         ((1, 6, 1000, 16, 3), 8, 0.5, 64),
+        ((1, 6, 1000, 16, 500), 8, 0.5, 64),
         ((1, 1, 1, 4, 1), 1, 1.0, None),
     ],
-    ids=["small", "capped", "more anchors than events", "more dimensions than a tile", "hundreds tie", "one of all"],
+    ids=[
+        "small",
+        "capped",
+        "more anchors than events",
+        "more dimensions than a tile",
+        "hundreds tie",
+        "more blocks than survive",
+        "one of all",
+    ],
 )
 def test_the_choice_is_the_plain_one(shape: Any, top_k: int, sigma: float, cap: int | None) -> None:
     drawn = drawn_choice(*shape)
@@ -144,8 +158,40 @@ def test_near_relevances_are_told_apart_exactly() -> None:
 def test_what_cannot_be_ranked_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"got 10 events and top_k 600, .* at most 262144 and 496; use .*gather"):
         fused_select.choose_anchors(*drawn_choice(1, 2, 10, 4, 3), 600)
-    assert not fused_pays(1000, 600, torch.device("cuda"))
-    assert not fused_pays(1000, 8, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("count", [(0, 5), (4, 0)], ids=["no queries", "no history"])
+def test_of_nothing_nothing_is_chosen(count: tuple[int, int]) -> None:
+    query, key = (torch.zeros(2, size, 4, device=DEVICE) for size in count)
+    kept = select_keys(query, key, torch.zeros(2, count[0], dtype=torch.int64, device=DEVICE), 3, 1.0, fused=True)
+    assert not kept.count().any()
+    assert kept.index.shape[:2] == (2, count[0])
+
+
+def test_nothing_beyond_the_history_is_kept() -> None:
+    query, key, visible = drawn_choice(1, 3, 20, 4, 5)
+    kept = select_keys(query, key, visible + 99, 3, 1.0, fused=True)
+    assert torch.equal(kept.index, select_keys(query, key, torch.full_like(visible, 20), 3, 1.0).index)
+
+
+def test_auto_takes_the_kernels_where_they_run_and_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    assert fuses("auto", FUSED_FROM, 8, gpu)
+    assert fuses("auto", FUSED_EVENTS, FUSED_ANCHORS, gpu)
+    assert fuses("triton", 1, 8, gpu)
+    for n, top_k, device in (
+        (FUSED_FROM - 1, 8, gpu),
+        (FUSED_EVENTS + 1, 8, gpu),
+        (1000, FUSED_ANCHORS + 1, gpu),
+        (1000, 8, torch.device("cpu")),
+    ):
+        assert not fuses("auto", n, top_k, device)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("CC", "")
+    monkeypatch.setenv("PATH", "")
+    assert not fuses("auto", 1000, 8, gpu), "no compiler"
+    with pytest.raises(ConfigError, match="no C compiler"):
+        check_triton(gpu)
 
 
 def test_codes_are_those_of_pairs() -> None:
@@ -166,11 +212,30 @@ def test_the_dense_kernel_of_the_benchmark_is_attention_without_a_bias() -> None
     past = torch.ones(150, 150, device=DEVICE).tril(-1)
     plain = (F.silu(q @ k.transpose(2, 3) / 4) * past) @ v
     out: Tensor = DenseKernel.apply(q, k, v)  # type: ignore[no-untyped-call]
-    close = {"rtol": 1e-4, "atol": 1e-4} if DEVICE == "cpu" else {"rtol": 1e-2, "atol": 1e-1}  # TF32, rough sigmoids
-    torch.testing.assert_close(out, plain, **close)
+    torch.testing.assert_close(out, plain, **CLOSE)
     grad = torch.randn_like(plain)
     for ours, theirs in zip(*(torch.autograd.grad(o, (q, k, v), grad) for o in (out, plain)), strict=True):
-        torch.testing.assert_close(ours, theirs, **close)
+        torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+def test_the_baseline_encoder_is_dense_hstu_without_a_bias() -> None:
+    model = validate({"model": {"width": 32, "heads": 2, "layers": 2, "dropout": 0.0}}).model
+    case = attention.Case(model, 70, 2, DEVICE, 1)
+    torch.manual_seed(0)
+    encoder, tokens = HstuEncoder(model, 70).to(DEVICE), torch.randn(2, 70, 32, device=DEVICE)
+    for layer in encoder.layers:
+        for table in (layer.bias.position, layer.bias.time):
+            torch.nn.init.zeros_(table)
+        torch.nn.init.normal_(layer.bias.own)
+    x, table = case.inputs(), torch.randn(attention.ITEMS, 32, device=DEVICE)
+    ours = attention.encoded_by_kernel(encoder, tokens, x)
+    torch.testing.assert_close(ours, attention.encoded(encoder, tokens, case.relation(x, table, "dense")), **CLOSE)
+
+
+def test_attention_alone_counts_what_is_done_once() -> None:
+    parts = {"choice": {"forward": 3.0}, "relation": {"forward": 1.0}, "order": {"forward": 2.0}}
+    layers = {"sparse": {"forward": 1.0, "backward": 2.0}, "dense_kernel": {"forward": 4.0, "backward": 8.0}}
+    assert attention_alone(parts | layers, 2) == 24 / (6 + 6)
 
 
 def outcome(impl: str, **pgsa: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -201,6 +266,6 @@ def test_the_model_is_the_references(pgsa: dict[str, Any], monkeypatch: pytest.M
 def test_without_a_gpu_it_is_refused_before_stage_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
     run = make_run(log_config(tmp_path, model={"pgsa": {"impl": "triton"}}), tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"impl triton: got a model on cpu .* use model\.pgsa\.impl=auto"):
+    with pytest.raises(ConfigError, match=r"impl triton: got a model on cpu and no GPU, .* use model\.pgsa\.impl=auto"):
         train(run, worker())
     assert not run.folder.sub("stage1").entries()
