@@ -10,9 +10,11 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 
+import psutil
 import pytest
 
 pytestmark = pytest.mark.ray
@@ -242,7 +244,9 @@ def test_submission_as_typed(tmp_path: Path) -> None:
             words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=580, check=False
         )
 
-    head = call(ray, "start", "--head", "--num-cpus=2", "--port=6465", "--dashboard-port=8365")
+    # Ports of its own, the agent's too: another Ray on this machine has the usual ones.
+    ports = ["--port=6465", "--dashboard-port=8365", "--dashboard-agent-listen-port=8366"]
+    head = call(ray, "start", "--head", "--num-cpus=2", *ports)
     assert head.returncode == 0, head.stderr
     try:
         # Jobs can be listed some seconds before the head's agent is there to start one ("No available agent").
@@ -260,7 +264,10 @@ def test_submission_as_typed(tmp_path: Path) -> None:
         assert wrong.returncode != 0
         assert "did you mean model" in wrong.stdout
     finally:
-        call(ray, "stop", "--force")
+        for process in psutil.process_iter():  # `ray stop` would end every Ray on this machine
+            with suppress(psutil.Error):
+                if any(word.endswith((":6465", "=6465")) for word in process.cmdline()):
+                    process.kill()
 
 
 def _wait(ready: object) -> None:
