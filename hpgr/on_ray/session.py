@@ -38,6 +38,7 @@ def session(say: Callable[[str], None]) -> Iterator[None]:
                 "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
             }
             ray.init(
+                address="local",  # not a cluster that somebody started on this machine and nobody named
                 num_cpus=os.cpu_count(),
                 object_store_memory=LOCAL_OBJECT_STORE,
                 include_dashboard=False,

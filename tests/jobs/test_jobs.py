@@ -6,9 +6,11 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from itertools import takewhile
@@ -229,13 +231,26 @@ def test_commands_of_the_readme_parse() -> None:
             assert (ROOT / name).is_file(), name
 
 
+def test_a_cluster_that_nobody_named_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ray start` on this machine leaves its address behind; without RAY_ADDRESS a job has a Ray of its own."""
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as home:
+        left = Path(home, "ray/ray_current_cluster")
+        left.parent.mkdir()
+        left.write_text("127.0.0.1:6399")
+        monkeypatch.setenv("RAY_TMPDIR", home)
+        done = run("prepare.py", *tiny(tmp_path), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "starting a local Ray" in done.stdout
+
+
 @pytest.mark.slow
 def test_submission_as_typed(tmp_path: Path) -> None:
     """`ray start --head`, then the literal submission and the one for a remote cluster; exit codes tell success."""
     ray = str(Path(sys.executable).with_name("ray"))
+    home = tempfile.mkdtemp(prefix="r", dir="/tmp")  # short, for sockets; its own, so that no other job finds this Ray
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0", "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:8365", "RAY_TMPDIR": "/tmp",
+        "RAY_USAGE_STATS_ENABLED": "0", "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:8365", "RAY_TMPDIR": home,
     }  # fmt: skip
     environment.pop("RAY_AUTH_TOKEN_PATH", None)
 
@@ -268,6 +283,7 @@ def test_submission_as_typed(tmp_path: Path) -> None:
             with suppress(psutil.Error):
                 if any(word.endswith((":6465", "=6465")) for word in process.cmdline()):
                     process.kill()
+        shutil.rmtree(home, ignore_errors=True)
 
 
 def _wait(ready: object) -> None:
