@@ -184,7 +184,7 @@ def sum_kept(q: Tensor, k: Tensor, v: Tensor, bias: RelativeBias, links: Links) 
     """sum_s w_s SiLU(<q, k_s> / sqrt(E) + b_s) v_s over kept keys: [B, H, Q, E] float32."""
     tables = (table.float().contiguous() for table in (bias.position, bias.time, bias.match))
     flat = (x.flatten(0, 2).contiguous() for x in (q, k, v))
-    return _Fused.apply(*flat, *tables, links.code, links).view(q.shape)
+    return _Fused.apply(*flat, *tables, links).view(q.shape)
 
 
 class _Fused(torch.autograd.Function):
@@ -192,15 +192,16 @@ class _Fused(torch.autograd.Function):
     -> [R, E] float32."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, position: Tensor, time: Tensor, match: Tensor, code: Tensor,
-                links: Links) -> Tensor:  # fmt: skip
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, position: Tensor, time: Tensor, match: Tensor, links: Links
+    ) -> Tensor:
         """The sums; keeps what gradients need, nothing of the size of a query's keys."""
         out = q.new_empty(q.shape, dtype=torch.float32)
-        ctx.save_for_backward(q, k, v, position, time, match, code)
+        ctx.save_for_backward(q, k, v, position, time, match)
         ctx.links = links
         with torch.cuda.device_of(q):
             _forward[(len(q),)](
-                q, k, v, code, links.index, links.weight, position, time, match, out,
+                q, k, v, links.code, links.index, links.weight, position, time, match, out,
                 *_sizes(q, links), position.shape[1], ages=time.shape[1], BLOCK_S=SLOTS, **_widths(q),
             )  # fmt: skip
         return out
@@ -208,15 +209,15 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of q, k, v and the biases."""
-        (q, k, v, position, time, match, code), links = ctx.saved_tensors, ctx.links
+        (q, k, v, position, time, match), links = ctx.saved_tensors, ctx.links
         if not len(q):
-            return *(torch.zeros_like(x) for x in (q, k, v, position, time, match)), None, None
+            return *(torch.zeros_like(x) for x in (q, k, v, position, time, match)), None
         grad = grad.to(q.dtype).contiguous()
         (rows, queries, slots), heads = links.index.shape, links.heads
         kept, grad_z = (torch.empty(len(q), slots, device=q.device) for _ in range(2))
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         _backward_of_queries[(len(q),)](
-            q, k, v, code, links.index, links.weight, position, time, match, grad, grad_q, kept, grad_z,
+            q, k, v, links.code, links.index, links.weight, position, time, match, grad, grad_q, kept, grad_z,
             *_sizes(q, links), position.shape[1], ages=time.shape[1], BLOCK_S=SLOTS_BACK, **_widths(q),
         )  # fmt: skip
         _backward_of_keys[(len(k),)](
@@ -227,11 +228,11 @@ class _Fused(torch.autograd.Function):
         by_distance = torch.zeros(position.shape, dtype=torch.int64, device=q.device)
         by_age, by_match = grad_z.new_empty(rows * chunks, heads, ages), grad_z.new_empty(rows * chunks, heads)
         _backward_of_bias[(chunks, heads, rows)](
-            grad_z, code, fixed, by_distance, by_age, by_match, queries * slots, position.shape[1],
+            grad_z, links.code, fixed, by_distance, by_age, by_match, queries * slots, position.shape[1],
             ages=time.shape[1], BLOCK_A=ages, CHUNK=CHUNK, ROUND=ROUND, num_warps=1,
         )  # fmt: skip
         tables = (by_distance / fixed.double()).float(), by_age.sum(0)[:, : time.shape[1]], by_match.sum(0)
-        return grad_q, grad_k, grad_v, *tables, None, None
+        return grad_q, grad_k, grad_v, *tables, None
 
 
 def _sizes(q: Tensor, links: Links) -> tuple[float, int, int, int, int]:
