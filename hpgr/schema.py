@@ -47,6 +47,7 @@ TARGET_FIELDS = {
     "time": pa.int64(),
     "visible": pa.int32(),
     "label": pa.int8(),
+    "action": pa.int32(),
     "split": pa.int8(),
     "request": pa.int32(),
 }
@@ -113,6 +114,7 @@ class Timelines:
     t_time: Ints
     t_visible: Array
     t_label: Array
+    t_action: Array
     t_split: Array
     t_request: Array
     t_cat: Array
@@ -182,6 +184,7 @@ class Batch:
     t_time: Ints
     t_visible: Array
     t_label: Array
+    t_action: Array
     t_request: Array
     t_past: Array
     t_cat: Array

@@ -36,6 +36,7 @@ SIZES = Sizes(
     t_cat=("device",),
     t_num=("price",),
     base_rate=0.3,
+    train_actions=(20, 10, 20, 30, 40),
 )
 """Tables of the hand-made batches below: 2 out-of-vocabulary indices, 20 items."""
 
@@ -101,6 +102,7 @@ def random_batch(rows: int = 3, events: int = 12, targets: int = 5, seed: int = 
         t_time=t_time.ravel(),
         t_visible=counts_before(h_time, t_time).ravel(),
         t_label=rng.integers(0, 2, m).astype(np.int8),
+        t_action=np.arange(1, m + 1) % SIZES.actions,
         t_request=np.full(m, -1),
         t_past=counts_before(h_time, t_time).ravel(),
         t_cat=rng.integers(0, SIZES.categories["device"], (m, 1)),

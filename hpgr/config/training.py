@@ -63,6 +63,9 @@ class Stage2(Section):
     item_lr_share: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Learning rate of inherited item vectors, as a share of the stage's: clicks tell less of most items than stage 1
     knows; 0 leaves them as they are. Without stage 1 there are none."""
+    action_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of predicting, of each impression in the history, what was done with its item beside whether it was
+    clicked; 0, or training impressions of fewer than two actions, leaves it out. hpgr alone."""
     epochs: Count = 10
     """Most epochs."""
     patience: Count = 3

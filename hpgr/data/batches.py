@@ -73,6 +73,7 @@ class Assembler:
             t_time=t.t_time[i],
             t_visible=t.t_visible[i] - windows.start[t_row],
             t_label=t.t_label[i],
+            t_action=t.t_action[i],
             t_request=np.where(
                 t.t_request[i] < 0, -1, (combine(user_hash[t_row], t.t_request[i]) >> np.uint64(1)).astype(np.int64)
             ),
@@ -147,6 +148,7 @@ def query_batch(assembler: Assembler, windows: Windows, truth: Array, moment: in
         t_time=nothing,
         t_visible=nothing,
         t_label=nothing - 1,
+        t_action=nothing,
         t_request=nothing - 1,
         t_past=nothing,
         t_cat=np.zeros((len(past_item), batch.t_cat.shape[1]), np.int32),
@@ -197,6 +199,7 @@ def mock_batch(rows: int, history: int, targets: int, widths: dict[str, int]) ->
         t_time=np.full(t, history * 60_000_000),
         t_visible=np.full(t, history),
         t_label=np.zeros(t, np.int8),
+        t_action=np.zeros(t, np.int64),
         t_request=np.full(t, -1),
         t_past=np.full(t, history),
         t_cat=np.zeros((t, widths["t_cat"]), np.int32),

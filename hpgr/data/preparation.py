@@ -39,7 +39,7 @@ from hpgr.data.validation import empty_rows, needed_columns, validate
 from hpgr.data.vocabulary import Vocabulary, count, merge
 from hpgr.errors import ArtifactError, ConfigError, DataError, StoreError
 from hpgr.locks import held
-from hpgr.schema import ITEM, SECOND, USER, Ints, offsets_of
+from hpgr.schema import ITEM, SECOND, TRAIN, USER, Ints, Timelines, offsets_of
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -179,7 +179,9 @@ class Job:
             iter(self.execute("merge", partial(merge_counts, data=self.data, folder=self.folder), [self.buckets]))
         )
         encoding = partial(encode_bucket, data=self.data, folder=self.folder, cuts=cuts)
-        account["timelines"] = sum(self.execute("encode", encoding, every))
+        encoded = list(self.execute("encode", encoding, every))
+        account["timelines"] = sum(timelines for timelines, _ in encoded)
+        account["train_actions"] = [sum(counts) for counts in zip(*(c for _, c in encoded), strict=True)]
         return {
             "buckets": self.buckets,
             "account": account,
@@ -396,13 +398,15 @@ def merge_counts(buckets: int, data: Data, folder: Folder) -> dict[str, Any]:
     }
 
 
-def encode_bucket(bucket: int, data: Data, folder: Folder, cuts: splits.CutOffs | None) -> int:
-    """Write a bucket's timelines; returns how many."""
+def encode_bucket(bucket: int, data: Data, folder: Folder, cuts: splits.CutOffs | None) -> tuple[int, list[int]]:
+    """Write a bucket's timelines; returns how many, and its training impressions by action index."""
     plain, items = folder.read_json("vocabulary.json"), folder.read_parquet("vocabulary.parquet")
-    table = ordered_rows(bucket, folder)
-    timelines = encode(table, Vocabulary.from_tables(items, plain), data, cuts)
+    vocabulary = Vocabulary.from_tables(items, plain)
+    timelines = encode(ordered_rows(bucket, folder), vocabulary, data, cuts)
     write_timelines(folder, bucket, timelines)
-    return int(timelines.num_rows)
+    flat = Timelines.from_table(timelines)
+    done = np.bincount(flat.t_action[flat.t_split == TRAIN], minlength=vocabulary.category_size("action"))
+    return len(flat), done.tolist()
 
 
 def in_process(_: str, function: Callable[[T], R], items: Sequence[T]) -> Iterable[R]:

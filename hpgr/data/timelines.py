@@ -19,6 +19,7 @@ from hpgr.schema import (
     IN_HISTORY,
     ITEM,
     LABEL,
+    NO_ACTION,
     TIME,
     TRAIN,
     USER,
@@ -97,6 +98,7 @@ def encode(table: pa.Table, vocabulary: Vocabulary, data: Data, cuts: CutOffs | 
         "t_time": targets.time,
         "t_visible": events_before(h_user, h_time, targets.user, targets.time) if listed else visible[targets.row],
         "t_label": _labels(table)[targets.row],
+        "t_action": np.where(in_history, encoded_actions, NO_ACTION)[targets.row],
         "t_split": split,
         "t_request": _first_of_list(targets) if listed else np.full(len(split), -1),
     }

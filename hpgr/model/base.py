@@ -144,10 +144,7 @@ class ClickModel(nn.Module):
 
     def forward(self, x: Inputs, noise: Noise | None = None) -> Output:
         """Binary cross-entropy summed over labelled candidates, and every candidate's logit [B, M]."""
-        scores = self.read(self.past(x, noise), x, noise)
-        labelled = x.c_real & (x.c_label >= 0)
-        losses = F.binary_cross_entropy_with_logits(scores, x.c_label.clamp(min=0).float(), reduction="none")
-        return Output((losses * labelled).sum(), labelled.sum(), scores)
+        return click_output(self.read(self.past(x, noise), x, noise), x)
 
     def encode(self, x: Inputs) -> Past:
         """What any number of candidates read of the histories of a batch; its own candidates play no part."""
@@ -178,6 +175,13 @@ class ClickModel(nn.Module):
     def anchors(self, past: Past, x: Inputs) -> tuple[Tensor, Tensor]:
         """Positions of the candidates' anchors and whether each is real: [B, M, K] (see `select_anchors`)."""
         raise AssertionError("dense attention has no anchors")
+
+
+def click_output(scores: Tensor, x: Inputs) -> Output:
+    """Binary cross-entropy of the labelled candidates by their logits [B, M]."""
+    labelled = x.c_real & (x.c_label >= 0)
+    losses = F.binary_cross_entropy_with_logits(scores, x.c_label.clamp(min=0).float(), reduction="none")
+    return Output((losses * labelled).sum(), labelled.sum(), scores)
 
 
 def shrunk(table: Tensor, seen: Tensor, shrinkage: float) -> Tensor:
@@ -213,4 +217,9 @@ def click_head(width: int, base_rate: float) -> nn.Sequential:
     """Logit of a click from a candidate's encoding; it starts at the base rate."""
     click = nn.Linear(width, 1)
     nn.init.constant_(click.bias, math.log(base_rate / (1 - base_rate)))
-    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), click)
+    return head(width, click)
+
+
+def head(width: int, last: nn.Linear) -> nn.Sequential:
+    """Encodings [..., D] -> logits [..., outputs of `last`]."""
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), last)

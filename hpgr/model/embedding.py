@@ -21,7 +21,8 @@ class Sizes:
     """What a model must know of the prepared log: table sizes, and features by stream in column order.
 
     `categories` maps a categorical feature to its number of indices; `first_item` is where the catalogue begins
-    in the item table of `items` rows; `actions` counts action indices; `base_rate` is the training click rate.
+    in the item table of `items` rows; `actions` counts action indices; `base_rate` is the training click rate, and
+    `train_actions` counts training impressions by what was done with them, by action index.
     """
 
     items: int
@@ -33,6 +34,7 @@ class Sizes:
     t_cat: tuple[str, ...]
     t_num: tuple[str, ...]
     base_rate: float
+    train_actions: tuple[int, ...]
 
 
 class Features(nn.Module):

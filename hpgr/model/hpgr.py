@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpgr.config import Config
-from hpgr.model.base import ITEM_TABLE, Past, TokenClick
+from hpgr.model.base import ITEM_TABLE, Output, Past, TokenClick, click_output, head
 from hpgr.model.embedding import Sizes
 from hpgr.model.hstu import HstuEncoder, KeyValue
 from hpgr.model.inputs import Inputs
@@ -19,6 +19,7 @@ from hpgr.model.preference import PreferenceFeatures, nearest
 from hpgr.model.relation import Queries, Relation, fuses, keep, relate, relate_sparsely, sparse_weights
 from hpgr.model.select import Kept
 from hpgr.model.sem import Sem
+from hpgr.schema import NO_ACTION
 
 
 class HstuClick(TokenClick):
@@ -40,11 +41,19 @@ class HstuClick(TokenClick):
 
     def read(self, past: Past, x: Inputs, noise: Noise | None = None, shares: list[Tensor] | None = None) -> Tensor:
         """As in `ClickModel`; shares are of all events, so where they are wanted the reference attends."""
+        return self.click(self.encoded(past, x, noise, shares))
+
+    def click(self, encoded: Tensor) -> Tensor:
+        """Encoded candidates [B, M, D] -> logits of a click [B, M]."""
+        return self.head(encoded)[..., 0].float()
+
+    def encoded(self, past: Past, x: Inputs, noise: Noise | None, shares: list[Tensor] | None = None) -> Tensor:
+        """Candidates after all layers: [B, M, D]."""
         query = None if past.vectors is None else self.anchor_vectors(x.c_item)
         impl = self.config.pgsa.impl if shares is None else "reference"
         relation = self._relation(x, Queries(x.c_item, x.c_time, x.c_visible), query, past.vectors, impl)
         c = self.candidates(x, noise, self.summaries(past, x, relation.kept))
-        return self.head(self.encoder.read(c, past.shown, relation, noise, shares))[..., 0].float()
+        return self.encoder.read(c, past.shown, relation, noise, shares)
 
     def summaries(self, past: Past, x: Inputs, kept: Kept | None) -> Tensor | float:
         """What candidates carry beside their item: [B, M, D], or nothing. `kept` is what they attend to, if chosen."""
@@ -88,7 +97,29 @@ class HpgrClick(HstuClick):
         frozen = model.by_vectors and model.pgsa.anchors == "frozen"
         self.register_buffer("anchor_table", torch.zeros(sizes.items if frozen else 0, model.width))
         self.register_buffer("trust", torch.ones(sizes.items if model.by_vectors else 0, 1))
+        known = torch.tensor(sizes.train_actions).index_fill(0, torch.tensor(NO_ACTION), 0)
+        self.action_weight = config.stage2.action_weight if (known > 0).sum() > 1 else 0.0
+        if self.action_weight:
+            last = nn.Linear(model.width, sizes.actions)
+            with torch.no_grad():
+                last.bias.copy_(((known + 1) / (known + 1).sum()).log())
+            self.action_head = head(model.width, last)
         number_sites(self)
+
+    def forward(self, x: Inputs, noise: Noise | None = None) -> Output:
+        """As in `ClickModel`; while training also what the user did with each candidate, of which that is known [D].
+
+        Stage 1's question about actions goes on: five kinds of rating say more of an item than above four or not. The
+        answers start at their rates in training; scores do not read them.
+        """
+        if not (self.training and self.action_weight):
+            return super().forward(x, noise)
+        encoded = self.encoded(self.past(x, noise), x, noise)
+        output = click_output(self.click(encoded), x)
+        action = torch.where(x.c_real & (x.c_label >= 0), x.c_action, NO_ACTION)
+        logits = self.action_head(encoded).float()
+        loss = F.cross_entropy(logits.flatten(0, 1), action.flatten(), ignore_index=NO_ACTION, reduction="sum")
+        return output._replace(loss=output.loss + self.action_weight * loss)
 
     def inherit(self, stage1: dict[str, Tensor], seen: Tensor, shrinkage: float) -> None:
         """Take over stage 1's weights, and its item table as the frozen anchor vectors.

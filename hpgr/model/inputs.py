@@ -8,12 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpgr.schema import NO_LABEL, Array, Batch, Ints, offsets_of
+from hpgr.schema import NO_ACTION, NO_LABEL, Array, Batch, Ints, offsets_of
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """A padded batch. History tensors are [B, N] (features [B, N, F]), candidate tensors [B, M]."""
+    """A padded batch. History tensors are [B, N] (features [B, N, F]), candidate tensors [B, M].
+
+    `c_label` and `c_action` are what a loss asks for; no model may read them into a score.
+    """
 
     key: Ints
     causal: Tensor
@@ -31,6 +34,7 @@ class Inputs:
     c_time: Tensor
     c_visible: Tensor
     c_label: Tensor
+    c_action: Tensor
     c_cat: Tensor
     c_num: Tensor
 
@@ -55,6 +59,7 @@ def pad(batch: Batch, device: torch.device | str = "cpu", lanes: int = LANES) ->
     candidates = _padded(batch.t_lengths, device, lanes, {
         "c_real": (np.ones(len(batch.t_item), b), b), "c_item": (batch.t_item, i), "c_time": (batch.t_time, i),
         "c_visible": (batch.t_visible, i), "c_label": (batch.t_label, i),
+        "c_action": (batch.t_action, i),
         "c_cat": (batch.t_cat, i), "c_num": (batch.t_num, f),
     })  # fmt: skip
     causal = torch.from_numpy(np.asarray(batch.causal, bool)).to(device)
@@ -81,14 +86,15 @@ def with_candidates(x: Inputs, rows: Ints, lengths: Ints, columns: dict[str, Arr
     Args:
         rows: [R] rows of `x`, repeated or not.
         lengths: [R] candidates of each.
-        columns: flat c_item, c_time, c_visible [I], c_cat [I, F] and c_num [I, G]; labels are absent.
+        columns: flat c_item, c_time, c_visible [I], c_cat [I, F] and c_num [I, G]; labels and actions are absent.
     """
     device = x.h_item.device
     index = torch.from_numpy(rows).to(device)
     history = {f.name: getattr(x, f.name)[index] for f in fields(x) if f.name.startswith("h_")}
     kinds = {"c_num": np.float32, "c_real": np.bool_}
     n = len(columns["c_item"])
-    every = columns | {"c_real": np.ones(n, bool), "c_label": np.full(n, NO_LABEL)}
+    unknown = {"c_label": np.full(n, NO_LABEL), "c_action": np.full(n, NO_ACTION)}
+    every = columns | unknown | {"c_real": np.ones(n, bool)}
     candidates = _padded(lengths, device, 1, {k: (v, kinds.get(k, np.int64)) for k, v in every.items()})
     return Inputs(key=x.key[rows], causal=x.causal[index], **history, **candidates)
 

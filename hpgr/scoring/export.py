@@ -50,6 +50,7 @@ class Ranker(nn.Module):
             h_masked=torch.zeros_like(given["h_real"]),
             c_real=torch.ones_like(given["c_item"], dtype=torch.bool),
             c_label=torch.zeros_like(given["c_item"]),
+            c_action=torch.zeros_like(given["c_item"]),
             **given,
         )
         return torch.sigmoid(self.model.read(self.model.past(x, None), x))

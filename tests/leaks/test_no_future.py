@@ -127,9 +127,9 @@ def test_a_single_visible_event_changes_the_score_of_dense_attention(batch: Batc
         assert scores(model, inputs(other))[0, 0] != before[0]
 
 
-def test_labels_do_not_reach_the_scores(model: ClickModel, batch: Batch) -> None:
+def test_labels_and_actions_of_candidates_do_not_reach_the_scores(model: ClickModel, batch: Batch) -> None:
     before = scores(model, inputs(batch))
-    other = replace(batch, t_label=(1 - batch.t_label).astype(np.int8))
+    other = replace(batch, t_label=(1 - batch.t_label).astype(np.int8), t_action=1 + batch.t_action)
     assert torch.equal(scores(model, inputs(other)), before)
 
 

@@ -15,7 +15,7 @@ from helpers_log import BUSY, US, Make, T, busy_log, item_names, one_user, split
 
 from hpgr.data.hashing import hash_text
 from hpgr.data.preparation import in_process, prepare
-from hpgr.schema import FIRST_OOV, TEST, TRAIN, VALIDATION
+from hpgr.schema import FIRST_OOV, NO_ACTION, TEST, TRAIN, VALIDATION
 
 # Splits.
 
@@ -293,6 +293,9 @@ def test_trivago_rules_make_history_of_engagements_and_clicks(prepare_log: Make,
         (30, "i1", 0, 4),
         (30, "i3", 1, 4),
     ]
+    done = row["h_action"][2]  # the click at 9
+    assert done > NO_ACTION
+    assert row["t_action"] == [done if label else NO_ACTION for label in row["t_label"]], "no click, nothing done"
     assert prepared.manifest["account"]["unused"] == 1
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from hpgr.model.masked_item import MaskedItemModel
 from hpgr.model.registry import click_model
+from hpgr.schema import NO_ACTION
 
 SEEN = torch.arange(SIZES.items - SIZES.first_item)
 
@@ -114,6 +115,52 @@ def test_the_loss_is_the_sum_over_labelled_real_candidates() -> None:
     terms = [-torch.log(p[i] if y else 1 - p[i]) for i, y in enumerate(labels.tolist()) if y >= 0]
     assert int(output.terms) == len(terms) == 9
     assert float(output.loss) == pytest.approx(float(sum(terms)), rel=1e-5)
+
+
+def test_while_training_the_loss_also_asks_what_was_done_with_candidates() -> None:
+    """Weight times the cross-entropy of the actions of labelled real candidates; no action asks nothing."""
+    batch = random_batch(3, 8, 4)
+    labels = np.where(np.arange(12) % 5 == 0, -1, batch.t_label).astype(np.int8)
+    x = inputs(replace(batch, t_label=labels))
+    model = shaken(click_model(tiny(stage2={"action_weight": 2.5}), SIZES))
+    encoded = model.encoded(model.past(x, None), x, None)[:, :4].flatten(0, 1)
+    asked = (torch.from_numpy(labels) >= 0) & (x.c_action[:, :4].flatten() != NO_ACTION)
+    assert 0 < asked.sum() < (labels >= 0).sum()
+    logits = model.action_head(encoded).double().log_softmax(-1)
+    expected = -logits[asked].gather(1, x.c_action[:, :4].flatten()[asked][:, None]).sum()
+    plain, asking = model.eval()(x), model.train()(x)
+    torch.testing.assert_close((asking.loss - plain.loss).double(), 2.5 * expected, rtol=1e-4, atol=1e-4)
+    assert asking.terms == plain.terms
+    assert torch.equal(asking.scores, plain.scores)
+
+
+def test_candidates_of_no_known_action_train_as_without_the_question() -> None:
+    x = inputs(replace(random_batch(), t_action=np.zeros(15, np.int64)))
+    model = shaken(click_model(tiny(), SIZES)).train()
+    assert model(x).loss == model.eval()(x).loss
+    model.train()(x).loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("weight", "counts", "name", "asks"),
+    [
+        (1.0, (9, 0, 5, 0, 1), "hpgr", True),
+        (0.0, (9, 0, 5, 0, 1), "hpgr", False),
+        (1.0, (9, 0, 5, 0, 0), "hpgr", False),
+        (1.0, (9, 0, 5, 0, 1), "hstu", False),
+    ],
+)
+def test_no_weight_one_action_or_another_model_asks_nothing(
+    weight: float, counts: tuple[int, ...], name: str, asks: bool
+) -> None:
+    config = tiny(model={"name": name}, stage2={"action_weight": weight})
+    assert hasattr(click_model(config, replace(SIZES, train_actions=counts)), "action_head") == asks
+
+
+def test_answers_about_actions_start_at_their_rates_in_training() -> None:
+    rates = click_model(tiny(), SIZES).action_head[-1].bias.softmax(0)
+    torch.testing.assert_close(rates, torch.tensor([1.0, 11, 21, 31, 41]) / 105)
 
 
 def test_an_untrained_model_predicts_the_base_rate_on_average() -> None:

@@ -32,6 +32,7 @@ FREE = {
     "model.pgsa.summaries": 0,
     "stage2.shrinkage": 5.0,
     "stage2.item_lr_share": 0.5,
+    "stage2.action_weight": 0.5,
     "stream.stride": 4,
     "stage2.epochs": 3,
     "stage2.optimiser.lr": 0.1,
