@@ -7,6 +7,8 @@ A *timeline* holds one user's history events in time order and, apart from them,
 `visible` of a history event or an impression is the number of the user's history events whose time is
 strictly before it: those are all it may ever look at, and they are a prefix of the history. Whatever
 happens in the same second or later cannot leak (design decision; see the docs/logs.md, "No leakage").
+
+`action` of an impression is that of its row where the row is in the history too, else NO_ACTION: what a loss may ask.
 """
 
 from __future__ import annotations

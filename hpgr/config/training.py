@@ -64,8 +64,9 @@ class Stage2(Section):
     """Learning rate of inherited item vectors, as a share of the stage's: clicks tell less of most items than stage 1
     knows; 0 leaves them as they are. Without stage 1 there are none."""
     action_weight: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of predicting, of each impression in the history, what was done with its item beside whether it was
-    clicked; 0, or training impressions of fewer than two actions, leaves it out. hpgr alone."""
+    """Weight of predicting, of each impression that is itself in the history, what was done with its item beside
+    whether it was clicked, such as the rating. 0 leaves it out, and so does a log whose training impressions of one
+    label are all of one action. hpgr alone."""
     epochs: Count = 10
     """Most epochs."""
     patience: Count = 3

@@ -181,12 +181,12 @@ class Job:
         encoding = partial(encode_bucket, data=self.data, folder=self.folder, cuts=cuts)
         encoded = list(self.execute("encode", encoding, every))
         account["timelines"] = sum(timelines for timelines, _ in encoded)
-        account["train_actions"] = [sum(counts) for counts in zip(*(c for _, c in encoded), strict=True)]
         return {
             "buckets": self.buckets,
             "account": account,
             "cut_offs": None if cuts is None else asdict(cuts),
             "vocabulary": sizes,
+            "train_actions": np.sum([counts for _, counts in encoded], axis=0).tolist(),
             "features": {s + k: [f.name for f in features_of(self.data.features, s, k)]
                          for s in ("h_", "t_") for k in ("cat", "num")},
             "versions": versions(),
@@ -398,15 +398,16 @@ def merge_counts(buckets: int, data: Data, folder: Folder) -> dict[str, Any]:
     }
 
 
-def encode_bucket(bucket: int, data: Data, folder: Folder, cuts: splits.CutOffs | None) -> tuple[int, list[int]]:
-    """Write a bucket's timelines; returns how many, and its training impressions by action index."""
+def encode_bucket(bucket: int, data: Data, folder: Folder, cuts: splits.CutOffs | None) -> tuple[int, list[list[int]]]:
+    """Write a bucket's timelines; returns how many, and its training impressions by label and action index."""
     plain, items = folder.read_json("vocabulary.json"), folder.read_parquet("vocabulary.parquet")
     vocabulary = Vocabulary.from_tables(items, plain)
     timelines = encode(ordered_rows(bucket, folder), vocabulary, data, cuts)
     write_timelines(folder, bucket, timelines)
     flat = Timelines.from_table(timelines)
-    done = np.bincount(flat.t_action[flat.t_split == TRAIN], minlength=vocabulary.category_size("action"))
-    return len(flat), done.tolist()
+    training, actions = flat.t_split == TRAIN, vocabulary.category_size("action")
+    kinds = np.bincount((flat.t_label.astype(np.int64) * actions + flat.t_action)[training], minlength=2 * actions)
+    return len(flat), kinds.reshape(2, actions).tolist()
 
 
 def in_process(_: str, function: Callable[[T], R], items: Sequence[T]) -> Iterable[R]:

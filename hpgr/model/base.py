@@ -24,7 +24,8 @@ INHERITED = ("events.", "sem.", "encoder.")
 
 
 class Output(NamedTuple):
-    """Sum of losses, how many terms it has, and the scores (stage 2: [B, M] logits; stage 1: empty)."""
+    """Sum of losses, how many items (stage 1) or clicks (stage 2) it asks, and the scores (stage 2: [B, M] logits;
+    stage 1: empty). Questions asked beside those add to the sum alone."""
 
     loss: Tensor
     terms: Tensor
@@ -109,7 +110,8 @@ class Past:
 class ClickModel(nn.Module):
     """Stage 2 of every model: histories are encoded once, and any number of candidates read them.
 
-    Training, evaluation and batch scoring all go through `read`, so a model has one scoring function.
+    Evaluation and batch scoring go through `read`, and training through what `read` is made of, so a model has one
+    scoring function.
     """
 
     def __init__(self, config: Config) -> None:

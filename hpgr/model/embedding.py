@@ -22,7 +22,7 @@ class Sizes:
 
     `categories` maps a categorical feature to its number of indices; `first_item` is where the catalogue begins
     in the item table of `items` rows; `actions` counts action indices; `base_rate` is the training click rate, and
-    `train_actions` counts training impressions by what was done with them, by action index.
+    `train_actions` counts training impressions by label and, of that, by what was done with them (action index).
     """
 
     items: int
@@ -34,7 +34,7 @@ class Sizes:
     t_cat: tuple[str, ...]
     t_num: tuple[str, ...]
     base_rate: float
-    train_actions: tuple[int, ...]
+    train_actions: tuple[tuple[int, ...], ...]
 
 
 class Features(nn.Module):

@@ -97,20 +97,21 @@ class HpgrClick(HstuClick):
         frozen = model.by_vectors and model.pgsa.anchors == "frozen"
         self.register_buffer("anchor_table", torch.zeros(sizes.items if frozen else 0, model.width))
         self.register_buffer("trust", torch.ones(sizes.items if model.by_vectors else 0, 1))
-        known = torch.tensor(sizes.train_actions).index_fill(0, torch.tensor(NO_ACTION), 0)
-        self.action_weight = config.stage2.action_weight if (known > 0).sum() > 1 else 0.0
+        known = torch.tensor(sizes.train_actions).index_fill(1, torch.tensor(NO_ACTION), 0)
+        # Actions that the label alone tells apart would be the click's question again.
+        self.action_weight = config.stage2.action_weight if ((known > 0).sum(1) > 1).any() else 0.0
         if self.action_weight:
-            last = nn.Linear(model.width, sizes.actions)
+            last, rates = nn.Linear(model.width, sizes.actions), known.sum(0) + 1
             with torch.no_grad():
-                last.bias.copy_(((known + 1) / (known + 1).sum()).log())
+                last.bias.copy_((rates / rates.sum()).log())
             self.action_head = head(model.width, last)
         number_sites(self)
 
     def forward(self, x: Inputs, noise: Noise | None = None) -> Output:
-        """As in `ClickModel`; while training also what the user did with each candidate, of which that is known [D].
+        """As in `ClickModel`; while training also what the user did with each candidate, where that is known [D].
 
-        Stage 1's question about actions goes on: five kinds of rating say more of an item than above four or not. The
-        answers start at their rates in training; scores do not read them.
+        The question about actions that stage 1 asks: a rating says more of an item than whether it is above a bound.
+        Answers start at their rates in training, and scores do not read them.
         """
         if not (self.training and self.action_weight):
             return super().forward(x, noise)

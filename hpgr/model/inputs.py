@@ -58,8 +58,7 @@ def pad(batch: Batch, device: torch.device | str = "cpu", lanes: int = LANES) ->
     })  # fmt: skip
     candidates = _padded(batch.t_lengths, device, lanes, {
         "c_real": (np.ones(len(batch.t_item), b), b), "c_item": (batch.t_item, i), "c_time": (batch.t_time, i),
-        "c_visible": (batch.t_visible, i), "c_label": (batch.t_label, i),
-        "c_action": (batch.t_action, i),
+        "c_visible": (batch.t_visible, i), "c_label": (batch.t_label, i), "c_action": (batch.t_action, i),
         "c_cat": (batch.t_cat, i), "c_num": (batch.t_num, f),
     })  # fmt: skip
     causal = torch.from_numpy(np.asarray(batch.causal, bool)).to(device)

@@ -78,7 +78,7 @@ class ClickStage:
         self.lr_shares = {ITEM_TABLE: self.item_lr_share}
 
     def extras(self, step: int, device: torch.device) -> dict[str, Any]:
-        """Nothing: candidates and labels are all the click loss needs."""
+        """Nothing: batches hold all that the click loss asks."""
         return {}
 
     def validate(self, source: Source, device: torch.device) -> dict[str, float | int | None]:

@@ -103,7 +103,7 @@ class Run:
             t_cat=tuple(features["t_cat"]),
             t_num=tuple(features["t_num"]),
             base_rate=train["positives"] / train["impressions"],
-            train_actions=tuple(manifest["account"]["train_actions"]),
+            train_actions=tuple(map(tuple, manifest["train_actions"])),
         )
 
 

@@ -10,11 +10,13 @@ import torch.multiprocessing as mp
 from helpers_model import gloo_worker, log_config, make_run, merged, worker
 
 from hpgr.config import dump
+from hpgr.model.registry import click_model
 from hpgr.training.two_stage import Run, train
 
 WORLD = 2
 CASES: dict[str, dict[str, Any]] = {
     "full softmax": {},
+    "asking about actions": {"data": {"columns": {"action": "device"}}},
     "sampled softmax": {"stage1": {"full_softmax_items": 0, "negatives": 32}, "model": {"sem": {"in_stage2": False}}},
 }
 
@@ -48,6 +50,12 @@ def runs(request: pytest.FixtureRequest, trained: dict[str, Both]) -> Both:
 def test_dropout_is_on(runs: Both) -> None:
     assert runs[0].config.model.dropout > 0
     assert runs[0].config.model.sem.dropout > 0
+
+
+def test_one_case_asks_about_actions(runs: Both) -> None:
+    run = runs[0]
+    asks = run.config.data.columns.action == "device"
+    assert hasattr(click_model(run.config, run.sizes()), "action_head") == asks
 
 
 def test_some_batches_divide_unevenly(runs: Both) -> None:

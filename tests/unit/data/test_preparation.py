@@ -13,6 +13,7 @@ import pytest
 import yaml
 from helpers_log import BUSY, US, Make, T, busy_log, item_names, one_user, splits, users, vocabulary
 
+from hpgr.data import preparation
 from hpgr.data.hashing import hash_text
 from hpgr.data.preparation import in_process, prepare
 from hpgr.schema import FIRST_OOV, NO_ACTION, TEST, TRAIN, VALIDATION
@@ -297,6 +298,32 @@ def test_trivago_rules_make_history_of_engagements_and_clicks(prepare_log: Make,
     assert done > NO_ACTION
     assert row["t_action"] == [done if label else NO_ACTION for label in row["t_label"]], "no click, nothing done"
     assert prepared.manifest["account"]["unused"] == 1
+
+
+def test_impressions_bring_what_was_done_with_their_items(prepare_log: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By item and moment, whatever order lists put impressions in; training's alone are counted, by label."""
+    monkeypatch.setattr(preparation, "BUCKET_ROWS", 60)
+    rng = np.random.default_rng(5)
+    rows = [
+        {"user_id": f"u{u}", "item_id": f"i{item}", "timestamp": T + k // 3, "rating": int(rng.integers(1, 6)),
+         "page": f"p{k % 2}-{k // 6}"}
+        for u in range(9) for k, item in enumerate(rng.permutation(24))
+    ]  # fmt: skip
+    prepared = prepare_log(
+        rows, columns={"label": "rating", "action": "rating", "request": ["page"]},
+        label_rule={"op": ">=", "value": 4}, split={"by": "user_fraction", "validation": 0.2, "test": 0.2},
+    )  # fmt: skip
+    assert prepared.buckets > 1
+    rated = {(r["user_id"], r["item_id"]): r["rating"] for r in rows}
+    words = ["", "", *prepared.vocabulary().categories["action"]]
+    counts = np.zeros((2, len(words)), int)
+    for user, row in users(prepared).items():
+        shown = zip(item_names(prepared, row["t_item"]), row["t_action"], row["t_label"], row["t_split"], strict=True)
+        for item, action, label, split in shown:
+            assert words[action] == f"{rated[user, item]}|{label}"
+            counts[label, action] += split == TRAIN
+    assert prepared.manifest["train_actions"] == counts.tolist()
+    assert (counts > 0).sum() == 5
 
 
 @pytest.mark.parametrize("format", ["parquet", "csv", "jsonl"])

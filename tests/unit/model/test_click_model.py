@@ -145,14 +145,16 @@ def test_candidates_of_no_known_action_train_as_without_the_question() -> None:
 @pytest.mark.parametrize(
     ("weight", "counts", "name", "asks"),
     [
-        (1.0, (9, 0, 5, 0, 1), "hpgr", True),
-        (0.0, (9, 0, 5, 0, 1), "hpgr", False),
-        (1.0, (9, 0, 5, 0, 0), "hpgr", False),
-        (1.0, (9, 0, 5, 0, 1), "hstu", False),
+        (1.0, ((9, 0, 0, 0, 0), (0, 0, 5, 0, 1)), "hpgr", True),
+        (0.0, ((9, 0, 0, 0, 0), (0, 0, 5, 0, 1)), "hpgr", False),
+        (1.0, ((9, 0, 0, 0, 0), (0, 0, 5, 0, 1)), "hstu", False),
+        (1.0, ((9, 0, 0, 0, 0), (0, 0, 5, 0, 0)), "hpgr", False),
+        (1.0, ((9, 0, 3, 0, 0), (9, 0, 0, 0, 5)), "hpgr", False),
     ],
+    ids=["clicks and purchases", "no weight", "another model", "one action", "an action a label"],
 )
-def test_no_weight_one_action_or_another_model_asks_nothing(
-    weight: float, counts: tuple[int, ...], name: str, asks: bool
+def test_actions_are_asked_where_they_say_more_than_the_label(
+    weight: float, counts: tuple[tuple[int, ...], ...], name: str, asks: bool
 ) -> None:
     config = tiny(model={"name": name}, stage2={"action_weight": weight})
     assert hasattr(click_model(config, replace(SIZES, train_actions=counts)), "action_head") == asks

@@ -43,7 +43,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def config(root: Path) -> Config:
     stage2 = {"item_lr_share": 0.5}  # so few steps move little else
-    return log_config(root, checkpoints={"every_steps": 2}, stream={"batch_tokens": 200}, stage2=stage2)
+    stream, data = {"batch_tokens": 200}, {"columns": {"action": "device"}}  # several, so stage 2 asks about them
+    return log_config(root, checkpoints={"every_steps": 2}, stream=stream, stage2=stage2, data=data)
+
+
+def test_stage_2_asks_about_actions_here(run: Run) -> None:
+    """The premise: what holds below holds with the question."""
+    assert hasattr(click_stage(run).model, "action_head")
 
 
 @pytest.fixture
