@@ -16,10 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from hpgr.config import validate
+from hpgr.config import load_config, validate
 from hpgr.errors import ConfigError
 from hpgr.model.hstu import HstuEncoder
-from hpgr.on_ray.benchmarks import attention, prepare, step
+from hpgr.on_ray.benchmarks import attention, prepare, search_overhead, step
+from hpgr.on_ray.command import DEFAULT
+from hpgr.on_ray.trials import demand, nested
 
 Benchmark = Callable[[str], tuple[dict[str, Any], str]]
 
@@ -139,6 +141,13 @@ def test_stream(benchmark: Benchmark) -> None:
         assert 0 < figures["data_wait_share"][stage] < 1
         assert 0 <= figures["padding_share"][stage] < 1
         assert figures["tokens_per_second"][stage]["training"] > 0
+
+
+def test_trials_train_the_way_their_name_says_and_fill_the_cpus_that_are_counted() -> None:
+    for way, (cpus, settings) in search_overhead.WAYS.items():
+        config = load_config(DEFAULT, settings)
+        assert nested(config) == (way == "nested")
+        assert demand(config)["CPU"] == cpus
 
 
 @pytest.mark.slow

@@ -1,8 +1,10 @@
 """What a search costs beyond training: trials that train in their own process, and trials that train by Ray Train.
 
-Both ways search the generated log with the same trials, none stopped early, one a CPU, in a process and folder of their
-own. Every trial draws another mask ratio, so none shares stage 1 with another. `training_share` is the trials' training
-time over wall clock times trials at once; the rest is preparing the log, starting trials, waiting and testing the best.
+Both ways search the generated log with the same trials, none stopped early, in a process and folder of their own, and
+fill the same CPUs: a trial for each CPU that trains in its own process, or a trial for each two CPUs that starts two
+Ray Train workers. Every trial draws another mask ratio, so none shares stage 1 with another. `training_share` is the
+trials' training time over wall clock times trials at once; the rest is preparing the log, starting trials, waiting and
+testing the best. Training time of the second way holds what the two workers spend on each other, wall clock all.
 """
 
 from __future__ import annotations
@@ -20,8 +22,11 @@ from typing import Any
 from hpgr.on_ray.benchmarks import machine, spread
 
 Say = Callable[[str], None]
-WAYS = {"in_trial": 0, "nested": 1}
-"""Ray Train workers of a trial."""
+WAYS = {
+    "in_trial": (1, ("resources.workers=1", "resources.cpus_per_worker=1")),
+    "nested": (2, ("resources.workers=2", "resources.cpus_per_worker=0.5", "resources.data_cpus=0.25")),
+}
+"""CPUs that a trial asks for, and what makes it ask so; nested, half of them are its data tasks'."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,19 +41,19 @@ def run(options: argparse.Namespace, say: Say) -> dict[str, Any]:
     """Search each way in turns; returns the figures."""
     done: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for _ in range(options.rounds):
-        for way, workers in WAYS.items():
+        for way in WAYS:
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                account = pool.submit(searched, workers, options.users, options.epochs, options.trials).result()
+                account = pool.submit(searched, way, options.users, options.epochs, options.trials).result()
             done[way].append(account)
             say(f"search-overhead: {way}: {account['seconds']:.0f} s, {account['training_seconds']:.0f} s of training")
-    at_once = min(os.cpu_count() or 1, options.trials)
+    at_once = {way: max(1, min((os.cpu_count() or 1) // cpus, options.trials)) for way, (cpus, _) in WAYS.items()}
 
     def of(way: str, key: str) -> dict[str, float]:
         return spread([account[key] for account in done[way]])
 
     return {
         "ratios": {"nested_over_in_trial": of("nested", "seconds")["median"] / of("in_trial", "seconds")["median"]},
-        "training_share": {way: of(way, "training_seconds")["median"] / (of(way, "seconds")["median"] * at_once)
+        "training_share": {way: of(way, "training_seconds")["median"] / (of(way, "seconds")["median"] * at_once[way])
                            for way in WAYS},
         "seconds": {way: of(way, "seconds") for way in WAYS},
         "seconds_a_trial": {way: of(way, "training_seconds")["median"] / options.trials for way in WAYS},
@@ -57,7 +62,7 @@ def run(options: argparse.Namespace, say: Say) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def searched(workers: int, users: int, epochs: int, trials: int) -> dict[str, float]:
+def searched(way: str, users: int, epochs: int, trials: int) -> dict[str, float]:
     """The account of one search."""
     from hpgr.config import load_config
     from hpgr.on_ray.command import DEFAULT
@@ -65,7 +70,7 @@ def searched(workers: int, users: int, epochs: int, trials: int) -> dict[str, fl
     from hpgr.search.space import parse_space
 
     folder = Path(tempfile.mkdtemp(prefix="hpgr-benchmark-"))
-    settings = [f"data.prepared={folder}/prepared", f"data.synthetic.users={users}", f"resources.workers={workers}"]
+    settings = [f"data.prepared={folder}/prepared", f"data.synthetic.users={users}", *WAYS[way][1]]
     settings += [f"{key}={epochs}" for key in ("stage1.epochs", "stage2.epochs", "stage2.patience")]
     space = parse_space({
         "name": "overhead",
