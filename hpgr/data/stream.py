@@ -95,8 +95,10 @@ def _bucket_windows(bucket: int, prepared: Prepared, config: Config, name: str) 
     kind, _, split = name.partition("-")
     if kind == "masked":
         return training_windows(timelines, config.stream, bucket).to_table()
-    windows = impression_windows if kind == "click" else next_item_windows
-    return windows(timelines, config.stream, bucket, SPLITS[split]).to_table()
+    if kind == "click":
+        return impression_windows(timelines, config.stream, bucket, SPLITS[split]).to_table()
+    one_out = config.data.split.by == "leave_one_out"
+    return next_item_windows(timelines, config.stream, bucket, SPLITS[split], one_out).to_table()
 
 
 def items_of(spec: StreamSpec, epochs: Iterable[int], first_step: int) -> Iterator[Item]:

@@ -10,7 +10,7 @@ import pyarrow as pa
 from hpgr.config import Stream
 from hpgr.data.hashing import combine
 from hpgr.data.ordering import run_starts
-from hpgr.schema import Array, Ints, Timelines, ranges
+from hpgr.schema import TEST, Array, Ints, Timelines, ranges
 
 
 @dataclass(frozen=True)
@@ -120,20 +120,49 @@ def _build(
     return Windows(np.full(len(row), bucket, np.int64), row, start, stop, t_start, t_stop, key)
 
 
-def next_item_windows(timelines: Timelines, stream: Stream, bucket: int, split: int) -> Windows:
+def next_item_windows(timelines: Timelines, stream: Stream, bucket: int, split: int, one_out: bool = False) -> Windows:
     """Stage 1 as a next-item model: one window a user, its history before the split's first event of history.
 
     The item to find is the event right after the window: the first one at or after the split begins for the
     user [D]. Users without such an event, or without any past, have no window.
+
+    Args:
+        one_out: the split leaves one out. The item to find is then the held-out impression's own event, and the window
+            ends with the event before it in the log's order, as in published figures. Events of its own second
+            that come before it are shown to the query: here alone they inform one another in evaluation [D].
     """
     begins = split_begins(timelines, split)
     user = np.repeat(np.arange(len(timelines)), np.diff(timelines.h_offsets))
     before = timelines.h_time < begins[user]
     seen = np.bincount(user[before], minlength=len(timelines))
+    if one_out:
+        seen = _held_out_places(timelines, split, seen)
     row = np.flatnonzero((seen > 0) & (seen < np.diff(timelines.h_offsets)) & (begins > 0))
     stop = seen[row]
     start, nothing = np.maximum(0, stop - (stream.window - 1)), np.zeros(len(row), np.int64)
     return _build(timelines, bucket, row, start, stop, nothing, nothing)
+
+
+def _held_out_places(timelines: Timelines, split: int, otherwise: Ints) -> Ints:
+    """Place in the history of each user's impression that a leave-one-out split holds out: [U].
+
+    It is known by time, item and action; of several events alike the last is the test's, the one before validation's.
+    `otherwise` [U] where nothing is found: the impression is no event, or one of a list, whose rows share a moment.
+    """
+    t, length = timelines, np.diff(timelines.h_offsets)
+    end = length if split == TEST else _held_out_places(t, TEST, length)
+    held = np.flatnonzero((t.t_split == split) & (t.t_request < 0))
+    impression = np.full(len(t), -1)
+    impression[np.searchsorted(t.t_offsets, held, "right") - 1] = held
+    user, place = np.repeat(np.arange(len(t)), length), ranges(np.zeros(len(t), np.int64), length)
+    event = np.flatnonzero((impression[user] >= 0) & (place < end[user]))
+    own = impression[user[event]]
+    for of_event, of_impression in ((t.h_time, t.t_time), (t.h_item, t.t_item), (t.h_action, t.t_action)):
+        alike = of_event[event] == of_impression[own]
+        event, own = event[alike], own[alike]
+    out = otherwise.copy()
+    out[user[event]] = place[event]  # of several the last stays
+    return out
 
 
 def split_begins(timelines: Timelines, split: int) -> Ints:

@@ -2,7 +2,7 @@
 
 The objective of HSTU's own experiments on public logs (arXiv 2402.17152, section 4.1.1): left to right, softmax over
 (sampled) items. Events of one second are in their stable order and, as in the published models, do inform one another
-in training [D]; evaluation never shows an event of the held-out item's second.
+in training [D], and in evaluation where the split leaves one out (see `next_item_windows`).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from helpers_log import same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hpgr.config import Data, Stream
+from hpgr.config import Data, Split, Stream
 from hpgr.data.batches import Assembler, Masking, mock_batch
 from hpgr.data.masks import session_masks
 from hpgr.data.ordering import order_rows
@@ -40,9 +40,10 @@ DATA = Data.model_validate(
         "features": [{"name": "price", "column": "price", "role": "item", "kind": "numeric"}],
     }
 )
+LEFT_OUT = DATA.model_copy(update={"split": Split(by="leave_one_out")})
 
 
-def table_of(log: list[list[tuple[int, int, int | None]]]) -> pa.Table:
+def table_of(log: list[list[tuple[int, int, int | None]]], data: Data = DATA) -> pa.Table:
     """Prepared timelines of users given as (gap to the event before in seconds, item, label)."""
     rows = []
     for user, events in enumerate(log):
@@ -53,9 +54,9 @@ def table_of(log: list[list[tuple[int, int, int | None]]]) -> pa.Table:
         ]
     kinds = [("user_id", pa.string()), ("item_id", pa.string()), ("timestamp", pa.int64()), ("clicked", pa.int64())]
     raw = pa.Table.from_pylist(rows, schema=pa.schema([*kinds, ("price", pa.float64())]))
-    table, _ = order_rows(validate_rows(raw, 0, DATA).rows)
-    counts = count(table, training_rows(table, DATA, None)[0], DATA)
-    return encode(table, Vocabulary.from_counts(counts, DATA.vocabulary, DATA.features), DATA, None)
+    table, _ = order_rows(validate_rows(raw, 0, data).rows)
+    counts = count(table, training_rows(table, data, None)[0], data)
+    return encode(table, Vocabulary.from_counts(counts, data.vocabulary, data.features), data, None)
 
 
 def windows_of(timelines: Timelines, stream: Stream, kind: str) -> Windows:
@@ -279,6 +280,26 @@ def test_next_item_windows_end_before_the_split(log: list[Any], stream: Stream, 
         begins = timelines.t_time[own][timelines.t_split[own] == split].min()
         assert 0 < w.stop[i] - w.start[i] < stream.window
         assert timelines.h_time[h + w.stop[i] - 1] < begins <= timelines.h_time[h + w.stop[i]]
+
+
+@quick
+@given(LOGS, STREAMS)
+def test_under_leave_one_out_the_item_to_find_is_the_held_out_row(log: list[Any], stream: Stream) -> None:
+    timelines = Timelines.from_table(table_of(log, LEFT_OUT))
+    places = {}
+    for split in (VALIDATION, TEST):
+        w = next_item_windows(timelines, stream, 0, split, True)
+        for row, start, stop in zip(w.row, w.start, w.stop, strict=True):
+            own = slice(timelines.t_offsets[row], timelines.t_offsets[row + 1])
+            (held,) = timelines.t_offsets[row] + np.flatnonzero(timelines.t_split[own] == split)
+            event = timelines.h_offsets[row] + stop
+            for name in ("time", "item", "action"):
+                assert getattr(timelines, f"h_{name}")[event] == getattr(timelines, f"t_{name}")[held]
+            assert stop - start == min(stop, stream.window - 1)
+            assert stop >= timelines.n_train[row]
+            places[row, split] = stop
+    for row, split in places:
+        assert split == TEST or places[row, VALIDATION] < places[row, TEST]
 
 
 @quick
