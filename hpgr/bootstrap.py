@@ -111,8 +111,9 @@ class Resampled:
         """`model` less `baseline` over the seeds that both have, with its LEVEL percentile interval.
 
         Returns:
-            mean, low and high; the same relative to the baseline's figure; users that were drawn; seeds; `draws` that
-            had a figure. None if no seed has one of both.
+            mean, low and high; `sd` over the seeds of their differences (None of one seed), which the interval leaves
+            out; mean, low and high relative to the baseline's figure; users that were drawn; seeds; `draws` that had a
+            figure. None if no seed has one of both.
         """
         seeds = [s for s in self.whole[model] if s in self.whole[baseline]]
         ours, theirs = (np.array([self.whole[m][s][metric] for s in seeds]) for m in (model, baseline))
@@ -124,6 +125,7 @@ class Resampled:
         gap = (a - b)[usable]
         return {
             "mean": mean,
+            "sd": spread_of((ours - theirs).tolist())["sd"],
             **_interval(gap, ""),
             "relative": mean / reference if reference else None,
             **_interval(gap / b[usable], "relative_"),

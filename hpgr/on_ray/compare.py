@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from ray.exceptions import RayError
 from rich.live import Live
 from rich.text import Text
 
@@ -24,14 +25,14 @@ from hpgr.config import to_yaml as config_yaml
 from hpgr.data.click_tables import count_clicks, score_test
 from hpgr.data.preparation import Prepared
 from hpgr.data.stream import build_index
-from hpgr.errors import ArtifactError, ConfigError, TrainingError
+from hpgr.errors import ArtifactError, ConfigError, HpgrError, TrainingError
 from hpgr.locks import held
 from hpgr.metrics import ClickScores, auc
 from hpgr.on_ray.cells import Cells, Done, Work
 from hpgr.on_ray.cluster import here, settle
 from hpgr.on_ray.learnt import learn, names_of
 from hpgr.on_ray.noise import NoiseStudy
-from hpgr.on_ray.parallel import RayExecute
+from hpgr.on_ray.parallel import RayExecute, cause
 from hpgr.on_ray.pipeline import Say, changed_sections, prepared_log, versions
 from hpgr.on_ray.searcher import Clock
 from hpgr.on_ray.session import session
@@ -147,6 +148,7 @@ class _Comparison:
         self.noise: dict[str, Any] | None = None
         self.names = names_of(plan.matrix.learnt, plan.base) if plan.matrix.learnt else None
         self.shown: Shown | None = None
+        self.left_out: dict[str, str] = {}
 
     def open_log(self, config: Config) -> tuple[Prepared, Place]:
         """The prepared log of a configuration, and where its cells find what they share."""
@@ -202,11 +204,24 @@ class _Comparison:
         self.do(works)
 
     def study(self) -> None:
-        """Measure attention, and show what was learnt, where the matrix asks for it and its rows could be trained."""
+        """Measure attention, and show what was learnt, where the matrix asks for it and its rows could be trained.
+
+        What fails is left out: the comparison itself is finished, and is told without it.
+        """
+        for name, part in (("noise", self._measure_noise), ("learnt", self._show_learnt)):
+            try:
+                part()
+            except (HpgrError, RayError) as error:
+                self.left_out[name] = cause(error)
+                self.say(f"{name}: left out of the report, --resume tries it again: {self.left_out[name]}")
+
+    def _measure_noise(self) -> None:
         wanted, chosen = self.plan.matrix.noise, {row.name: row.chosen for row in self.rows if row.chosen is not None}
         if wanted and {wanted.sparse, wanted.dense} <= chosen.keys():
             noise = NoiseStudy(self.plan, self.folder, self.cells, self.open_log, self.say)
             self.noise = noise.run(chosen, lambda cell: self.work(cell, True))
+
+    def _show_learnt(self) -> None:
         learnt = self.plan.matrix.learnt
         row = next((row for row in self.rows if learnt and row.name == learnt.row and self.tested(row)), None)
         if learnt and self.names and row:
@@ -263,6 +278,7 @@ class _Comparison:
             "tables": list(tables),
             "noise": self.noise,
             "learnt": self.shown.plain() if self.shown else None,
+            "left_out": self.left_out,
             **self._account(),
             "versions": versions(),
             "files": {"report": f"{self.folder.uri}/report.html", "run": self.folder.uri},
@@ -288,9 +304,8 @@ class _Comparison:
         failed = [{"cell": every[key].label, "seed": every[key].seed, "error": d["error"]}
                   for key, d in records.items() if d and d["state"] == "failed"]  # fmt: skip
         tried = [{"values": cell.values, "auc": self._validation(cell)} for cell in row.tried] if row.tried[1:] else []
-        tuning = [
-            sum(d["seconds"].values()) for cell in row.tried[1:] if (d := self.cells.record(cell)) and "seconds" in d
-        ]
+        compared = {cell.key for cell in row.cells}
+        beside = [self.cells.record(cell) for cell in row.tried if cell.key not in compared]
         stages = {
             f"{s}_seconds": _mean([d["seconds"].get(s, 0.0) for d in done.values()]) for s in ("stage1", "stage2")
         }
@@ -305,7 +320,7 @@ class _Comparison:
             "seconds": sum(stages.values()),
             "cost": {
                 **stages,
-                "tuning_seconds": sum(tuning),
+                "tuning_seconds": sum(sum(d["seconds"].values()) for d in beside if d and "seconds" in d),
                 "seconds_a_million": _mean([d["scoring_a_million"] for d in done.values()]),
                 "keys": _mean([d["keys"] for d in done.values()]),
             },
@@ -354,12 +369,12 @@ class _Comparison:
 
     def _sensitivity(self) -> list[dict[str, Any]]:
         subject, out = self.plan.matrix.sensitivity, []
-        rows = {cell.key for row in self.rows for cell in row.cells}
+        own = {cell.key for row in self.rows if subject and row.name == subject.row for cell in row.cells}
         for path, points in self.curves.items():
             told = []
             for value, cells in points:
                 known = [auc for cell in cells if (auc := self._validation(cell)) is not None]
-                told.append({"value": value, "own": cells[0].key in rows, "auc": spread_of(known)})
+                told.append({"value": value, "own": cells[0].key in own, "auc": spread_of(known)})
             out.append({"row": subject.row if subject else "", "path": path, "points": told})
         return out
 

@@ -65,9 +65,8 @@ class NoiseStudy:
             out["planted"] += [{"noise": level, **_mass(sums)}] if sums else []
         cells = [[self.plan.cell(r, s, chosen[r]) for r in (study.sparse, study.dense)] for s in self.plan.matrix.seeds]
         pairs = [Pair(own(sparse), own(dense)) for sparse, dense in cells]
-        if all(pair.sparse.cell.config.model.pgsa.enabled for pair in pairs):
-            sums = self._measured(pairs, "overlap")
-            out["overlap"] = {"k": pairs[0].sparse.cell.config.model.pgsa.top_k, **_overlap(sums)} if sums else None
+        sums = self._measured(pairs, "overlap")
+        out["overlap"] = {"k": pairs[0].sparse.cell.config.model.pgsa.top_k, **_overlap(sums)} if sums else None
         return out
 
     def _pairs(self, chosen: Mapping[str, Values], level: float) -> list[Pair]:

@@ -153,7 +153,9 @@ def _against(data: CompareData, model: str, baseline: str) -> str:
 
 def _failed(data: CompareData) -> list[Block]:
     errors = [(m["model"], f) for m in data.models for f in m.get("failed", ())]
-    return [Text(f"{model}, {f['cell']}, failed: {clip(f['error'], 300)}", "warn") for model, f in errors]
+    texts = [f"{model}, {f['cell']}, failed: {clip(f['error'], 300)}" for model, f in errors]
+    texts += [f"{study} was left out: {clip(error, 300)}" for study, error in part(data.result, "left_out").items()]
+    return [Text(text, "warn") for text in texts]
 
 
 def _section_differences(data: CompareData) -> Section:
@@ -164,18 +166,24 @@ def _section_differences(data: CompareData) -> Section:
     bars = [plots.Interval(f"{d['model']} less {d['baseline']}", d["mean"], d["low"], d["high"]) for d in known]
     caption = (
         f"95 % intervals of {show(known[0]['draws'])} draws of {show(known[0]['users'])} users. Grey: zero is inside. "
-        "They say how sure the difference is for other users; the spread over seeds is in the table above."
+        "They say how sure the difference is for other users, not for other seeds: ± is its spread over seeds."
     )
     head = ["row", "baseline", "metric", "difference", "95 % interval", "relative", "95 % interval", "", "seeds"]
     rows = [
         [
             *(d["model"], d["baseline"], CLICK_METRICS.get(d["metric"], d["metric"])),
-            *(f"{d['mean']:+.4f}", between(d), percent(d["relative"]), _relative(d), verdict(d), str(d["seeds"])),
+            *(_difference(d), between(d), percent(d["relative"]), _relative(d), verdict(d), str(d["seeds"])),
         ]
         for d in data.result.get("differences", ())
     ]
     src = plots.intervals(bars, "difference of test AUC")
     return Section(key, title, [Drawing("", src, caption), Table("", head, rows)])
+
+
+def _difference(difference: Json) -> str:
+    """`+0.0041 ± 0.0012`: mean and standard deviation over seeds."""
+    sd = real(difference.get("sd"))
+    return f"{difference['mean']:+.4f}" + ("" if sd is None else f" ± {sd:.4f}")
 
 
 def percent(value: Any) -> str:
@@ -286,6 +294,7 @@ def compare_summary(data: CompareData, next_commands: Sequence[str]) -> str:
     cells = part(data.result, "cells")
     times = f"{duration(data.result.get('seconds'))}, {duration(data.result.get('training_seconds'))} of training"
     errors = [f"{m['model']}: {f['error']}" for m in data.models for f in m.get("failed", ())]
+    errors += [f"{study}: {error}" for study, error in part(data.result, "left_out").items()]
     lines += [
         *([] if lines else ["no row has been tested"]),
         *entry("cells", f"{show(cells.get('finished'))} finished, {show(cells.get('failed'))} failed"),

@@ -35,16 +35,21 @@ def _planted(noise: Json, planted: Sequence[Json]) -> list[Block]:
         "category and not noise. Shown is the share of attention to the history that goes to all other events, on the "
         "validation impressions that have an event that matters."
     )
-    head = ["planted noise", f"{dense} (dense)", f"{sparse} (sparse)", "all events alike", "cut by sparse"]
+    head = ["planted noise", f"{dense} (dense)", f"{sparse} (sparse)", "all events alike", "cut by sparse",
+            "seeds that reach 40 %"]  # fmt: skip
     rows = [
-        [f"{p['noise']:.0%}", *(spread(p[k]) for k in ("dense", "sparse", "uniform")), spread(part(p, "cut"), 3)]
+        [
+            f"{p['noise']:.0%}",
+            *(spread(p[k]) for k in ("dense", "sparse", "uniform")),
+            spread(part(p, "cut"), 3),
+            f"{sum(_reached(p))} of {len(_reached(p))}",
+        ]
         for p in planted
     ]
     cuts = [real(part(p, "cut").get("mean")) or 0.0 for p in planted]
-    reach = "reaches" if max(cuts) >= CLAIM else "does not reach"
     verdict = (
         f"Against dense attention {sparse} cuts the mass on irrelevant events by {min(cuts):.0%} to {max(cuts):.0%}, "
-        f"the least and the most of these logs: it {reach} the 40 % of the press note."
+        f"the least and the most of these logs, means over seeds: {_judged(planted)}."
     )
     caption = "Each line a mean over seeds and candidates, by the number of events that a candidate sees."
     return [
@@ -53,6 +58,23 @@ def _planted(noise: Json, planted: Sequence[Json]) -> list[Block]:
         Table("", head, rows),
         Text(verdict),
     ]
+
+
+def _reached(level: Json) -> list[bool]:
+    """Whether the cut of each seed is the press note's."""
+    return [cut >= CLAIM for cut in part(level, "cut").get("values", ())]
+
+
+def _judged(planted: Sequence[Json]) -> str:
+    """The press note holds where every seed of every level bears it out; one favourable log is no proof."""
+    seeds = [_reached(p) for p in planted]
+    if not any(map(any, seeds)):
+        return "it does not reach the 40 % of the press note on any log with any seed"
+    held = [f"{p['noise']:.0%}" for p, reached in zip(planted, seeds, strict=True) if reached and all(reached)]
+    if len(held) == len(planted):
+        return "it reaches the 40 % of the press note on every log with every seed"
+    where = f" (planted noise {', '.join(held)})" if held else ""
+    return f"it reaches the 40 % of the press note with every seed on {len(held)} of {len(planted)} logs{where} alone"
 
 
 def _overlap(noise: Json, overlap: Json) -> list[Block]:

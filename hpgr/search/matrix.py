@@ -24,6 +24,8 @@ Values = dict[str, Scalar]
 Name = Annotated[str, Field(min_length=1, max_length=40)]
 AFFECT_NOTHING = ("name", "resources", "checkpoints")
 """Sections that change no result, so cells that differ in them alone are one."""
+SHOW_ATTENTION = ("hpgr", "hstu")
+"""Models whose shares of attention can be read."""
 
 
 class Tuning(Section):
@@ -288,7 +290,8 @@ def _faults(plan: Plan) -> Iterator[str]:
     if matrix.noise and matrix.noise.planted and plan.base.data.path is not None:
         yield "noise.planted: noise can be planted in the generated log alone, and base.data.path names another"
     if not unknown:
-        yield from _value_faults(plan)
+        wrong = list(_value_faults(plan))
+        yield from wrong or _study_faults(plan)
 
 
 def _path_fault(place: str, path: str, known: Mapping[str, Any]) -> str | None:
@@ -314,6 +317,20 @@ def _value_faults(plan: Plan) -> Iterator[str]:
         except ConfigError as error:
             for line in str(error).splitlines()[1:]:
                 yield f"{place}: {line.removeprefix('  - ')}"
+
+
+def _study_faults(plan: Plan) -> Iterator[str]:
+    """Rows whose attention the studies cannot read, or not as what they are named for, whatever tuning chooses."""
+    noise, learnt = plan.matrix.noise, plan.matrix.learnt
+    named = [("noise.sparse", noise.sparse, True), ("noise.dense", noise.dense, False)] if noise else []
+    for place, row, sparse in [*named, *([("learnt.row", learnt.row, None)] if learnt else [])]:
+        for model in (cell.config.model for cell in plan.tuned(row)):
+            if model.name not in SHOW_ATTENTION:
+                yield (f"{place}: row {row!r} is of model {model.name}, which has no attention to show; name a row of "
+                       f"{' or '.join(SHOW_ATTENTION)}")  # fmt: skip
+            elif sparse is not None and model.sparse != sparse:
+                got, expected = ("densely", "by PGSA") if sparse else ("by PGSA", "densely")
+                yield f"{place}: row {row!r} attends {got}; name a row that attends {expected}"
 
 
 def to_yaml(matrix: Matrix) -> str:

@@ -89,6 +89,8 @@ def test_pairing_makes_a_clear_difference_certain() -> None:
     reference = np.mean([found.whole["poor"][s]["auc"] for s in range(3)])
     assert gap["relative"] == pytest.approx(gap["mean"] / reference)
     assert 0 < gap["relative_low"] < gap["relative"] < gap["relative_high"]
+    each = [found.whole["good"][s]["auc"] - found.whole["poor"][s]["auc"] for s in range(3)]
+    assert gap["sd"] == pytest.approx(np.std(each, ddof=1))
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
@@ -107,7 +109,7 @@ def test_only_seeds_that_both_models_have_count() -> None:
     found = resample(models, 50, 0)
     gap = found.difference("a", "b", "log_loss")
     assert gap is not None
-    assert gap["seeds"] == 1
+    assert (gap["seeds"], gap["sd"]) == (1, None)
     assert gap["mean"] == pytest.approx(found.whole["a"][1]["log_loss"] - found.whole["b"][1]["log_loss"])
     assert found.difference("a", "none", "auc") is None
 

@@ -39,7 +39,7 @@ def model(name: str, *aucs: float, **more: Any) -> dict[str, Any]:
 
 
 def gap(name: str, mean: float, low: float | None, high: float | None, metric: str = "auc") -> dict[str, Any]:
-    return {"model": name, "baseline": "plain", "metric": metric, "mean": mean, "low": low, "high": high,
+    return {"model": name, "baseline": "plain", "metric": metric, "mean": mean, "sd": 0.003, "low": low, "high": high,
             "relative": mean / 0.7, "relative_low": 0.001, "relative_high": 0.02, "users": 943, "seeds": 2,
             "draws": 2000}  # fmt: skip
 
@@ -125,8 +125,8 @@ def test_figures_of_the_comparison_are_on_the_page() -> None:
         "item popularity (no model) 0.5500 - - - -",
         "broken, broken seed 0, failed: loss is nan",
         "95 % intervals of 2,000 draws of 943 users",
-        "full plain AUC +0.0250 [+0.0100, +0.0400] +3.57 % [+0.10 %, +2.00 %] better 2",
-        "full plain Log loss -0.0200 [-0.0300, -0.0100]",
+        "full plain AUC +0.0250 ± 0.0030 [+0.0100, +0.0400] +3.57 % [+0.10 %, +2.00 %] better 2",
+        "full plain Log loss -0.0200 ± 0.0030 [-0.0300, -0.0100]",
         "full its own 0.7000 full model.layers=1 0.7100 chosen",
         "model.pgsa.top_k 4 0.7100 ± 0.0141 model.pgsa.top_k 32 0.7400 ± 0.0141 as compared",
         "full 123,456 1 min 00 s 30.0 s 1 min 30 s 45.0 s 31.5 12.0 s",
@@ -155,6 +155,7 @@ def test_a_verdict_needs_an_interval_without_zero(
 
 
 def test_one_seed_has_no_spread() -> None:
+    assert "full plain AUC +0.0250 [" in words(full(differences=[gap("full", 0.025, 0.01, 0.04) | {"sd": None}]))
     assert spread({"mean": 0.5, "sd": None, "values": [0.5]}) == "0.5000"
     assert spread({"mean": None, "sd": None, "values": []}) == "-"
 
@@ -166,6 +167,12 @@ def test_a_comparison_of_failures_says_so() -> None:
         assert part in text
     assert "nan" not in text.lower().replace("loss is nan", "")
     assert "no row has been tested" in compare_summary(full(models=[broken]), [])
+
+
+def test_a_study_that_was_left_out_is_told() -> None:
+    data = full(left_out={"noise": "RayError: a worker died"})
+    assert "noise was left out: RayError: a worker died" in words(data)
+    assert "noise: RayError: a worker died" in compare_summary(data, [])
 
 
 def test_rows_without_tuning_say_so() -> None:
@@ -184,13 +191,19 @@ def test_text_from_outside_is_escaped() -> None:
 
 
 def test_the_press_note_is_judged_by_the_cut() -> None:
-    def told(*cuts: float) -> str:
-        planted = [{**NOISE["planted"][0], "cut": over_seeds(cut, cut)} for cut in cuts]
-        return " ".join(b.text for b in section_noise({**NOISE, "planted": planted}).blocks if b.kind == "text")
+    """Levels of planted noise, each with the cut of two seeds."""
 
-    assert "by 10% to 50%" in told(0.1, 0.5)
-    assert "it reaches the 40 %" in told(0.1, 0.5)
-    assert "it does not reach the 40 %" in told(-0.05, 0.39)
+    def told(*cuts: tuple[float, float]) -> str:
+        levels = [{"noise": i / 10, "cut": over_seeds(*pair)} for i, pair in enumerate(cuts)]
+        planted = [{**NOISE["planted"][0], **level} for level in levels]
+        return words(replace(full(), more=[section_noise({**NOISE, "planted": planted})]))
+
+    assert "by 10% to 50%, the least and the most of these logs, means over seeds" in told((0.1, 0.1), (0.5, 0.5))
+    assert "with every seed on 1 of 2 logs (planted noise 10%) alone" in told((0.1, 0.1), (0.5, 0.5))
+    assert "with every seed on 0 of 2 logs alone" in told((0.1, 0.1), (0.35, 0.5))
+    assert "it reaches the 40 % of the press note on every log with every seed" in told((0.4, 0.5), (0.5, 0.5))
+    assert "it does not reach the 40 % of the press note on any log" in told((-0.05, 0.1), (0.39, 0.3))
+    assert "0.425 ± 0.106 1 of 2" in told((0.35, 0.5))
     none = {**NOISE, "planted": [], "overlap": {**NOISE["overlap"], "candidates": 0}}
     assert "every event is an anchor" in section_noise(none).blocks[0].text
     assert "could not be measured" in section_noise({"sparse": "a", "dense": "b"}).blocks[0].text

@@ -20,6 +20,7 @@ ROWS = {
     "dense": {"model.pgsa.enabled": False},
     "alone": {"stage1.enabled": False, "model.pgsa.anchors": "live"},
 }
+BASELINES = {name: {"model.name": name, "stage1.enabled": False} for name in ("hstu", "mtgr", "din", "logistic")}
 LR, LAYERS, TOP_K = "stage2.optimiser.lr", "model.layers", "model.pgsa.top_k"
 
 
@@ -44,6 +45,13 @@ def test_every_shipped_matrix_is_valid(path: Path) -> None:
     assert len(loaded.matrix.rows) >= 2
     again = resolve(parse_matrix(yaml.safe_load(to_yaml(loaded.matrix))), folder=path.parent)
     assert again == loaded
+
+
+@pytest.mark.parametrize("name", ["ml-100k-ablations", "ml-1m", "trivago"])
+def test_the_ablations_have_a_row_without_the_sem_in_either_stage(name: str) -> None:
+    cell = load_matrix(ROOT / f"jobs/configs/compare-{name}.yaml").cell("without SEM (flat stage 1)", 0)
+    assert at(cell.config, "stream.session_gap_minutes") >= 1e7
+    assert at(cell.config, "model.sem.in_stage2") is False
 
 
 def test_a_cell_is_the_base_with_what_its_row_and_its_values_change() -> None:
@@ -152,12 +160,28 @@ def test_values_that_no_cell_may_have_are_faults_of_their_place() -> None:
          "noise.planted: noise can be planted in the generated log alone"),
         ({"tables": [["slot", "price"]]}, "tables: price is no categorical feature of impressions; there are: none"),
         ({"learnt": {"row": "z"}}, "learnt.row: there is no row 'z'"),
+        ({"noise": {"sparse": "hstu", "dense": "dense"}}, "noise.sparse: row 'hstu' attends densely; name a row that"),
+        ({"noise": {"sparse": "full", "dense": "alone"}}, "noise.dense: row 'alone' attends by PGSA; name a row that"),
+        *(({study: {**names, key: model}}, f"{study}.{key}: row {model!r} is of model {model}, which has no attention")
+          for model in ("mtgr", "din", "logistic")
+          for study, names, key in (("noise", {"dense": "dense"}, "sparse"), ("noise", {"sparse": "full"}, "dense"),
+                                    ("learnt", {}, "row"))),
         ({"tuning": {"draws": 0}}, "tuning.draws: Input should be greater than or equal to 1"),
         ({"bootstrap": {"draws": 5}}, "bootstrap.draws: Input should be greater than or equal to 100"),
     ],
 )  # fmt: skip
 def test_a_matrix_that_makes_no_sense_is_refused(more: dict[str, Any], message: str) -> None:
-    assert message in faults(**more)
+    assert message in faults(**{"rows": ROWS | BASELINES, **more})
+
+
+def test_a_study_is_refused_for_what_tuning_may_make_of_its_row() -> None:
+    text = faults(noise={"sparse": "full", "dense": "dense"}, tuning={"parameters": {"model.pgsa.enabled": [False]}})
+    assert "noise.sparse: row 'full' attends densely" in text
+
+
+@pytest.mark.parametrize("row", ["full", "dense", "hstu"])
+def test_a_row_that_attends_can_be_shown(row: str) -> None:
+    assert plan(rows=ROWS | BASELINES, learnt={"row": row}, noise={"sparse": "full", "dense": "hstu"}).matrix.learnt
 
 
 def test_a_matrix_is_read_with_its_base_beside_it_and_overrides_of_both(tmp_path: Path) -> None:
