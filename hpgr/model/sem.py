@@ -15,14 +15,15 @@ from hpgr.model.inputs import Inputs, round_up
 from hpgr.model.noise import Dropout, Noise
 
 SESSION_POSITIONS = 64
+LONGEST_WAVE = 10_000.0
 
 
 class Block(nn.Module):
     """Pre-norm Transformer block."""
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    def __init__(self, width: int, heads: int, dropout: float, rotary: bool) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.rotary = heads, rotary
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
@@ -31,9 +32,25 @@ class Block(nn.Module):
     def forward(self, x: Tensor, allowed: Tensor, noise: Noise | None, stream: int) -> Tensor:
         """[B, T, D] under a mask [B, T, T] of allowed keys; every query must be allowed one."""
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.qkv(self.norm1(x)).chunk(3, -1))
+        if self.rotary:
+            q, k = rotated(q), rotated(k)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed[:, None])
         x = x + self.drop1(self.out(mixed.transpose(1, 2).flatten(2)), noise, stream)
         return x + self.drop2(self.mlp(self.norm2(x)), noise, stream)
+
+
+def rotated(x: Tensor) -> Tensor:
+    """Queries or keys [..., T, E] turned by their places 0 to T - 1: their products then know how far apart they are.
+
+    Rotary position embedding, arXiv 2104.09864: pairs of lanes turn, each at a speed of its own; an odd one stays.
+    """
+    half = x.shape[-1] // 2
+    place = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)
+    speed = torch.pow(LONGEST_WAVE, -torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = place[:, None] * speed
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)
 
 
 class Sem(nn.Module):
@@ -44,8 +61,10 @@ class Sem(nn.Module):
         sem, width = config.sem, config.width
         self.position = nn.Embedding(SESSION_POSITIONS, width)
         nn.init.normal_(self.position.weight, std=0.02)
-        self.intra = nn.ModuleList(Block(width, config.heads, sem.dropout) for _ in range(sem.intra_layers))
-        self.inter = nn.ModuleList(Block(width, config.heads, sem.dropout) for _ in range(sem.inter_layers))
+        self.intra, self.inter = (
+            nn.ModuleList(Block(width, config.heads, sem.dropout, sem.rotary) for _ in range(layers))
+            for layers in (sem.intra_layers, sem.inter_layers)
+        )
         self.norm = nn.LayerNorm(width)
         self.back = nn.Linear(width, width)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from hpgr.model.inputs import Inputs
-from hpgr.model.sem import SESSION_POSITIONS, Sem, inter_mask, intra_mask, places_in_session
+from hpgr.model.sem import SESSION_POSITIONS, Sem, inter_mask, intra_mask, places_in_session, rotated
 
 
 def jagged(seed: int = 0, rows: int = 4, events: int = 9) -> Inputs:
@@ -23,6 +23,11 @@ def jagged(seed: int = 0, rows: int = 4, events: int = 9) -> Inputs:
     keep = (np.arange(events) < lengths[:, None]).ravel()
     cut = {name: getattr(batch, name)[keep] for name in vars(batch) if name.startswith("h_") and name != "h_lengths"}
     return inputs(replace(batch, h_lengths=lengths, **cut))
+
+
+def one_session(events: int) -> Inputs:
+    """A row whose events are of one session."""
+    return replace(x := jagged(0, 1, events), h_session=torch.zeros_like(x.h_session))
 
 
 @settings(deadline=None, max_examples=30)
@@ -65,10 +70,33 @@ def test_places_in_session() -> None:
     assert places_in_session(torch.zeros(1, 100, dtype=torch.long)).max() == SESSION_POSITIONS - 1
 
 
-@pytest.fixture
-def sem() -> Sem:
+@pytest.mark.parametrize("lanes", [1, 2, 8, 9])
+def test_products_of_turned_vectors_know_how_far_apart_they_are_and_nothing_else_of_places(lanes: int) -> None:
+    q, k = torch.randn(2, lanes, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    products = rotated(q.expand(40, lanes)) @ rotated(k.expand(40, lanes)).T
+    for apart in (-7, 0, 3):
+        same = products.diagonal(apart)
+        torch.testing.assert_close(same, same[:1].expand_as(same), rtol=1e-5, atol=1e-5)
+    assert abs(products[0, 0] - q @ k) < 1e-6
+    assert (products[0].std() > 1e-3) == (lanes > 1)
+
+
+def test_rotary_positions_order_late_events_of_a_long_session(sem: Sem) -> None:
+    """Beyond the table of places: where one of many equal events stands changes what the last is told."""
+    n = 2 * SESSION_POSITIONS
+    x, mark = one_session(n), torch.randn(8, generator=torch.Generator().manual_seed(3))
+    told = []
+    for place in (n - 2, n - 9):
+        tokens = torch.zeros(1, n, 8)
+        tokens[0, place] = mark
+        told.append(sem(tokens, x, None, torch.zeros(1, dtype=torch.bool))[0][0, n - 1])
+    assert ((told[0] - told[1]).abs().max() > 1e-4) == sem.intra[0].rotary
+
+
+@pytest.fixture(params=[False, True], ids=["places", "rotary"])
+def sem(request: pytest.FixtureRequest) -> Sem:
     torch.manual_seed(0)
-    built = shaken(Sem(tiny(model={"sem": {"intra_layers": 2, "inter_layers": 2}}).model))
+    built = shaken(Sem(tiny(model={"sem": {"intra_layers": 2, "inter_layers": 2, "rotary": request.param}}).model))
     assert isinstance(built, Sem)
     return built
 
