@@ -33,15 +33,17 @@ def job(argv: Sequence[str]) -> None:
 
     own = [text.removeprefix(SPACE) for text in arguments.overrides if text.startswith(SPACE)]
     arguments.overrides = [text for text in arguments.overrides if not text.startswith(SPACE)]
-    stored = arguments.resume and not arguments.config and not arguments.overrides
-    config = None if stored else command.configuration(arguments)
+    config = None if arguments.resume and not arguments.config else command.configuration(arguments)
     if arguments.print_config and config is not None:
         return command.print_config(config)
 
-    from hpgr.on_ray.tune import SearchRequest, search, stored_space
+    from hpgr.on_ray.tune import SearchRequest, search, stored_config, stored_space
     from hpgr.report.search import search_summary
     from hpgr.search.space import load_space
 
+    config = config or stored_config(arguments.run, arguments.overrides)
+    if arguments.print_config:
+        return command.print_config(config)
     space = load_space(arguments.space, own) if arguments.space else stored_space(arguments.run, own)
     run = arguments.run or command.new_run(space.name if space else "search")
     request = SearchRequest(run, config, space, arguments.resume)

@@ -172,6 +172,8 @@ def _train_cell(settings: dict[str, Any], folder: str, place: Place, phases: Any
     try:
         done = _record(_trained(run, report, settings["test"]), settings["test"])
     except TrainingError as error:
+        if error.goes_on:  # workers lost
+            raise
         done = {"state": "failed", "error": str(error), "tested": settings["test"]}
     home.write_json(RECORD, done)
     return done

@@ -8,27 +8,29 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import wraps
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyarrow.fs as pafs
 import ray
 from ray._raylet import PlacementGroupID
-from ray.tune.schedulers import AsyncHyperBandScheduler
+from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from hpgr.artifacts import Folder
 from hpgr.config import dump
+from hpgr.errors import HpgrError
 from hpgr.on_ray.trials import DONE, FAILED
 from hpgr.report.trials import TrialRow
 from hpgr.search.space import Space
 from hpgr.search.study import Draw, Study
 
+P = ParamSpec("P")
+R = TypeVar("R")
 TIME, METRIC = "progress", "best_auc"
 """Report keys that ASHA compares trials by: epochs of stage 2 done, and best validation AUC so far."""
-
-
 FREE_AFTER_SECONDS = 3.0 + float(os.environ["TUNE_FORCE_TRIAL_CLEANUP_S"])
 
 
@@ -53,6 +55,20 @@ class _Running:
     """Placement group of its Ray Train workers, if it has some."""
 
 
+def _noted(method: Callable[Concatenate[StudySearcher, P], R]) -> Callable[Concatenate[StudySearcher, P], R]:
+    """Keeps the error that ends a call from Tune, which hands on no more than the text of its traceback."""
+
+    @wraps(method)
+    def call(self: StudySearcher, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return method(self, *args, **kwargs)
+        except HpgrError as error:
+            self.failure = self.failure or error
+            raise
+
+    return call
+
+
 class StudySearcher(Searcher):  # type: ignore[misc]
     """Serves what was interrupted, then new draws. One whose stage 1 another trial is computing waits its turn while
     others are served."""
@@ -64,14 +80,19 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         self._running: dict[str, _Running] = {}
         self._ready: set[str] = set()
         self._exhausted = False
+        self.failure: HpgrError | None = None
+        """What ended a call from Tune: nothing more is served after it."""
 
     @property
     def waiting(self) -> list[int]:
         """Numbers of draws that wait for a stage 1 or for their turn."""
-        return [draw.number for draw in self._waiting]
+        return [draw.number for draw in list(self._waiting)]  # the watch asks while Tune's thread changes it
 
+    @_noted
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial's settings, None to wait, FINISHED when all is asked."""
+        if self.failure is not None:  # Tune takes one that ended a trial for the trial's own, and would go on
+            raise self.failure
         draw = self._next()
         if draw is None:
             return None if self._waiting or self._more() else Searcher.FINISHED
@@ -83,12 +104,15 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         self._study.note(draw.number, phase="starting")
         return {
             "number": draw.number,
+            "is_start": draw.number == self._study.start(),
             "folder": self._folder.sub("trials").sub(draw.name).uri,
             "stage1": draw.stage1,
             "config": dump(draw.config),
         }
 
     def _next(self) -> Draw | None:
+        if self._is_late():
+            self._drop_unstarted()
         for draw in list(self._waiting):
             if not self._is_computed_elsewhere(draw):
                 self._waiting.remove(draw)
@@ -107,9 +131,18 @@ class StudySearcher(Searcher):  # type: ignore[misc]
 
     def _more(self) -> bool:
         """Whether the budget allows another draw."""
+        return not self._exhausted and not self._is_late() and self._study.tried() < self._space.budget.trials
+
+    def _is_late(self) -> bool:
         hours = self._space.budget.hours
-        late = hours is not None and self._clock() > 3600 * hours
-        return not self._exhausted and not late and self._study.tried() < self._space.budget.trials
+        return hours is not None and self._clock() > 3600 * hours
+
+    def _drop_unstarted(self) -> None:
+        """Forget draws that only waited; those that were interrupted go on."""
+        rows = self._study.rows()
+        for draw in [draw for draw in self._waiting if rows[draw.number].started is None]:
+            self._study.drop(draw)
+            self._waiting.remove(draw)
 
     def _is_computed_elsewhere(self, draw: Draw) -> bool:
         busy = {r.draw.stage1 for r in self._running.values()}
@@ -120,6 +153,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
             self._ready.add(stage1)
         return stage1 in self._ready
 
+    @_noted
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Write down a validation."""
         running = self._running.get(trial_id)
@@ -141,6 +175,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
             self._study.note(number, auc=result[METRIC])
             self._study.report(number, result[TIME], result[METRIC], result["step"])
 
+    @_noted
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Write down how a trial ended."""
         result = result or {}
@@ -154,9 +189,10 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         if self._study.owns(draw.number) and self._is_ready(draw.stage1):
             kept["stage1_seconds"] = self._folder.read_json(f"stage1/{draw.stage1}/done.json")["seconds"]
         stage = result.get("stage")
-        if stage == FAILED or error:
-            told = result.get("error") or self._crash(draw)
-            state, kept = "failed", kept | {"error": told}
+        if error:
+            state, kept = "failed", kept | {"error": self._crash(draw)}
+        elif stage == FAILED:
+            state, kept = "failed", kept | {"error": result["error"]}
         elif stage == DONE and result["auc"] is None:
             state, kept = "failed", kept | {"error": "validation has clicks of one class only, so there is no AUC"}
         elif stage == DONE:
@@ -165,9 +201,11 @@ class StudySearcher(Searcher):  # type: ignore[misc]
             state = "pruned"
         if running.place and stage != DONE:
             self._free(running.place)
-        self._study.finish(draw.number, state, **kept)
-        self._study.remember("seconds", self._clock())
-        self._tell(draw, state, kept, row)
+        if error:
+            self._study.suspend(draw.number, **kept)
+        else:
+            self._study.finish(draw.number, state, **kept)
+        self._tell(draw, state, kept, row, "; --resume tries it again" if error else "")
 
     def _free(self, place: str) -> None:
         """Give back the places of a stopped trial's workers, once Tune has ended its process.
@@ -185,11 +223,11 @@ class StudySearcher(Searcher):  # type: ignore[misc]
             return folder.read("error.txt").decode(errors="replace")[:2000]
         return "its process died without a word, again and again (out of memory?)"
 
-    def _tell(self, draw: Draw, state: str, kept: dict[str, Any], row: TrialRow) -> None:
+    def _tell(self, draw: Draw, state: str, kept: dict[str, Any], row: TrialRow, hint: str) -> None:
         auc = kept.get("auc", row.auc)
         figure = f" auc {auc:.4f}" if auc is not None else ""
         values = " ".join(f"{path.rpartition('.')[2]}={_short(value)}" for path, value in draw.values.items())
-        reason = f" ({kept['error'].splitlines()[0][:160]})" if "error" in kept else ""
+        reason = f" ({kept['error'].splitlines()[0][:160]}{hint})" if "error" in kept else ""
         self._say(f"trial {draw.number}: {state}{figure} after {kept['seconds']:.0f} s | {values}{reason}")
 
     def save(self, checkpoint_path: str) -> None:
@@ -210,9 +248,21 @@ def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+class _Asha(AsyncHyperBandScheduler):  # type: ignore[misc]
+    """ASHA that compares with the starting configuration but never stops it: only a finished trial can be the best, and
+    the search must not end below its start."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        decision = super().on_trial_result(tune_controller, trial, result)
+        return str(TrialScheduler.CONTINUE if trial.config["is_start"] else decision)
+
+
 def asha(space: Space, epochs: int, past: list[TrialRow]) -> AsyncHyperBandScheduler:
-    """ASHA on validation AUC by epoch, knowing what earlier sessions of the search have seen."""
-    scheduler = AsyncHyperBandScheduler(
+    """ASHA on validation AUC by epoch, knowing what earlier sessions of the search have seen.
+
+    `epochs` are those of the longest trial. Trials of `past` that were interrupted go on, and tell for themselves.
+    """
+    scheduler = _Asha(
         time_attr=TIME,
         metric=METRIC,
         mode="max",
@@ -220,8 +270,8 @@ def asha(space: Space, epochs: int, past: list[TrialRow]) -> AsyncHyperBandSched
         grace_period=min(space.scheduler.grace_epochs, epochs),
         reduction_factor=space.scheduler.reduction,
     )
-    for row in past:
-        stand_in = SimpleNamespace(trial_id=f"past-{row.number}")
+    for row in (row for row in past if row.state != "running"):
+        stand_in = SimpleNamespace(trial_id=f"past-{row.number}", config={"is_start": False})
         scheduler.on_trial_add(None, stand_in)
         for progress, auc in row.curve:
             scheduler.on_trial_result(None, stand_in, {TIME: progress, METRIC: auc})

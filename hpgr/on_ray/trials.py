@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -89,20 +90,20 @@ def places(config: Config, what: str, wanted: int | None) -> int:
 
 
 def trial(settings: dict[str, Any], place: Place) -> None:
-    """Tune's function. A user's or numerical error ends the trial alone; anything else is tried again by Tune."""
+    """Tune's function. A user's or numerical error ends the trial for good; anything else is tried again by Tune."""
     quieten()
-    run = run_of(validate(settings["config"]), Folder(settings["folder"]), settings["stage1"], place)
-    start = time.monotonic()
+    folder, start = Folder(settings["folder"]), time.monotonic()
 
     def report(told: dict[str, Any]) -> None:
         ray.tune.report(told | {"seconds": time.monotonic() - start})
 
     try:
-        figures = _trained(run, report)
-    except HpgrError as error:
-        return report({"stage": FAILED, "error": str(error)})
+        figures = _trained(run_of(validate(settings["config"]), folder, settings["stage1"], place), report)
     except Exception as error:
-        run.folder.write("error.txt", f"{type(error).__name__}: {error}".encode())
+        if isinstance(error, HpgrError) and not error.goes_on:
+            return report({"stage": FAILED, "error": str(error)})
+        with suppress(HpgrError):  # a store may be what failed
+            folder.write("error.txt", f"{type(error).__name__}: {error}".encode())
         raise
     stage2 = figures["stage2"]
     return report({

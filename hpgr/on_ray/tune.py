@@ -5,21 +5,24 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import ray
 import ray.tune
+from optuna.exceptions import StorageInternalError
+from ray.exceptions import RayError
+from ray.tune.error import TuneError
 from rich.live import Live
 from rich.text import Text
 
 from hpgr.artifacts import FORMAT, Folder, absolute, check_format
-from hpgr.config import Config, Tracking, dump, to_yaml, validate
+from hpgr.config import Config, Tracking, dump, override, plain_mapping, to_yaml, validate
 from hpgr.data.stream import build_index
-from hpgr.errors import ArtifactError, ConfigError, TrainingError
+from hpgr.errors import ArtifactError, ConfigError, HpgrError, TrainingError
 from hpgr.locks import held
 from hpgr.on_ray.cluster import here, settle
 from hpgr.on_ray.parallel import RayExecute
@@ -31,13 +34,15 @@ from hpgr.on_ray.trials import Place, demand, index_of, nested, places, reserved
 from hpgr.report.search import board, render_search
 from hpgr.report.trials import Dimension, SearchData, TrialRow
 from hpgr.search import space as spaces
-from hpgr.search.space import Distribution, Space, parse_space, read_space
+from hpgr.search.space import Distribution, Space, longest, parse_space, read_space
 from hpgr.search.study import VOID, Study
 from hpgr.training.two_stage import INDEXES, stage_key
 
 LOOK_EVERY_SECONDS = 2.0
 BOARD_EVERY_SECONDS = 60.0
 """How often the table is printed where it cannot be redrawn in place."""
+PASSING = (HpgrError, RayError, StorageInternalError)
+"""What a store, Ray or a locked study refuse now, and the watch's next look may get."""
 
 
 @dataclass(frozen=True)
@@ -62,26 +67,30 @@ def search(request: SearchRequest, say: Say) -> tuple[dict[str, Any], SearchData
 
 
 def _search(request: SearchRequest, say: Say) -> tuple[dict[str, Any], SearchData]:
+    start = time.monotonic()
     config, space, folder = open_search(request)
     check_tracking(config)
     with session(say):
         config = settle(config, here(), say)
         most = places(config, "trial", space.concurrency)
-        execute = RayExecute(say)
-        prepared = prepared_log(config, execute, say)
-        place = Place(prepared.folder.uri, folder.sub("stage1").uri, folder.sub("index").uri)
-        for name in INDEXES:
-            build_index(prepared, config, index_of(config, place), name, execute)
-        study = Study(folder, space, config, lambda c: stage_key(c, prepared, "stage1"))
-        job = _Search(config, space, folder, study, place, say)
-        with job.watched() as searcher:
+        study = Study(folder, space, config, lambda c: stage_key(c, prepared, "stage1"))  # asked for by draws alone
+        clock = Clock(study.memory("seconds", 0.0), start)
+        with _watched(study, clock) as watch:
+            execute = RayExecute(say)
+            prepared = prepared_log(config, execute, say)
+            place = Place(prepared.folder.uri, folder.sub("stage1").uri, folder.sub("index").uri)
+            for name in INDEXES:
+                build_index(prepared, config, index_of(config, place), name, execute)
+            job = _Search(config, space, folder, study, clock, place, say)
+            searcher = StudySearcher(study, space, folder, clock, say)
+            watch.board = partial(job.board, searcher)
             job.run(searcher, most)
             tested = job.promote()
         return job.conclude(tested)
 
 
 def open_search(request: SearchRequest) -> tuple[Config, Space, Folder]:
-    """The search's settings and folder; a new folder gets them written.
+    """The search's settings and folder, which gets them written where they are new.
 
     Raises:
         ArtifactError: the folder holds a search and `resume` was not asked, or the reverse, or something else.
@@ -90,13 +99,11 @@ def open_search(request: SearchRequest) -> tuple[Config, Space, Folder]:
     folder = Folder(absolute(request.run))
     if not folder.exists("run.json"):
         if request.resume:
-            raise ArtifactError(f"--resume: there is no search in {folder.uri}; leave --resume out to start one there")
+            raise _no_search(folder)
         assert request.config is not None
         assert request.space is not None
         spaces.check(request.space, request.config)
-        folder.write("config.yaml", to_yaml(request.config).encode())
-        folder.write("space.yaml", spaces.to_yaml(request.space).encode())
-        folder.write_json("run.json", _identity(request.config, request.space))
+        _keep(folder, request.config, request.space, versions())
         return request.config, request.space, folder
     stored = folder.read_json("run.json")
     check_format(stored, f"run folder {folder.uri}")
@@ -106,9 +113,26 @@ def open_search(request: SearchRequest) -> tuple[Config, Space, Folder]:
         raise ArtifactError(
             f"{folder.uri} already holds a search; add --resume to go on with it, or give another --run"
         )
-    config, space = validate(stored["config"]), parse_space(stored["space"])
     _refuse_change(stored, request)
-    return request.config or config, request.space or space, folder
+    config, space = request.config or validate(stored["config"]), request.space or parse_space(stored["space"])
+    if request.config is not None or request.space is not None:
+        _keep(folder, config, space, stored["versions"])
+    return config, space, folder
+
+
+def stored_config(run: str, overrides: Sequence[str]) -> Config:
+    """The configuration of a search that goes on, changed by overrides.
+
+    Raises:
+        ArtifactError: there is no search in the folder.
+        ConfigError: an override is at fault.
+    """
+    folder = Folder(absolute(run))
+    if not folder.exists("config.yaml"):
+        raise _no_search(folder)
+    raw = plain_mapping(folder.read("config.yaml").decode(), f"config {folder.uri}/config.yaml")
+    faults = [fault for change in overrides if (fault := override(raw, change))]
+    return validate(raw, faults)
 
 
 def stored_space(run: str, overrides: Sequence[str]) -> Space | None:
@@ -121,9 +145,17 @@ def stored_space(run: str, overrides: Sequence[str]) -> Space | None:
     return read_space(folder.read("space.yaml").decode(), f"{folder.uri}/space.yaml", overrides) if overrides else None
 
 
-def _identity(config: Config, space: Space) -> dict[str, Any]:
+def _no_search(folder: Folder) -> ArtifactError:
+    return ArtifactError(f"--resume: there is no search in {folder.uri}; leave --resume out to start one there")
+
+
+def _keep(folder: Folder, config: Config, space: Space, began_with: dict[str, str]) -> None:
+    """Write the settings down; `began_with` are the versions that the search began with."""
+    folder.write("config.yaml", to_yaml(config).encode())
+    folder.write("space.yaml", spaces.to_yaml(space).encode())
     plain = space.model_dump(mode="json", exclude_defaults=True)
-    return {"format": FORMAT, "kind": "search", "config": dump(config), "space": plain, "versions": versions()}
+    identity = {"format": FORMAT, "kind": "search", "config": dump(config), "space": plain, "versions": began_with}
+    folder.write_json("run.json", identity)
 
 
 def _refuse_change(stored: dict[str, Any], request: SearchRequest) -> None:
@@ -145,28 +177,16 @@ class _Search:
     space: Space
     folder: Folder
     study: Study
+    clock: Clock
     place: Place
     say: Say
-    clock: Clock = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.clock = Clock(self.study.memory("seconds", 0.0))
-
-    @contextmanager
-    def watched(self) -> Iterator[StudySearcher]:
-        """Counts nodes and shows the table for the block; yields the searcher that it looks at."""
-        searcher = StudySearcher(self.study, self.space, self.folder, self.clock, self.say)
-        watch = _Watch(self, searcher)
-        watch.start()
-        try:
-            yield searcher
-        finally:
-            watch.stop()
-            self.study.remember("seconds", self.clock())
-            self.study.save()
 
     def run(self, searcher: StudySearcher, most: int) -> None:
-        """Try configurations, `most` at once, until the budget is used."""
+        """Try configurations, `most` at once, until the budget is used.
+
+        Raises:
+            HpgrError: the run folder could not be read or written between trials.
+        """
         states = [row.state for row in self.study.rows() if row.state not in VOID]
         if states:
             self.say(f"search: going on; {states.count('finished')} trials finished, {states.count('pruned')} pruned, "
@@ -180,13 +200,18 @@ class _Search:
         self.say(f"search: {self.space.budget.trials} trials, up to {most} at once, each with {each}")
         try:
             self._tuner(searcher, most).fit()
+        except TuneError:
+            if searcher.failure is None:
+                raise
         finally:
             self.folder.delete("ray_tune")
+        if searcher.failure is not None:
+            raise searcher.failure
 
     def _tuner(self, searcher: StudySearcher, most: int) -> ray.tune.Tuner:
         scheduler = None
         if self.space.scheduler.kind == "asha":
-            scheduler = asha(self.space, self.config.stage2.epochs, self.study.rows())
+            scheduler = asha(self.space, longest(self.space, self.config), self.study.rows())
         filesystem, path = self.folder.path()
         return ray.tune.Tuner(
             ray.tune.with_resources(partial(trial, place=self.place), reserved(self.config)),
@@ -210,12 +235,13 @@ class _Search:
         """Make the best trial's folder a whole run: with its stage 1, tested, with a report of its own.
 
         Raises:
-            TrainingError: no trial finished.
+            HpgrError: no trial finished; a TrainingError if --resume could not change that.
         """
         best = self.study.best()
         if best is None:
-            errors = [row.error.splitlines()[0] for row in self.study.rows() if row.error]
-            raise TrainingError(f"no trial finished; {len(errors)} failed, the first with: {(errors or ['-'])[0]}")
+            errors = [row.error.splitlines()[0] for row in self.study.rows() if row.state == "failed"]
+            kind = HpgrError if self.study.suspended() else TrainingError
+            raise kind(f"no trial finished; {len(errors)} failed, the first with: {(errors or ['-'])[0]}")
         draw = self.study.draw_of(best)
         run = self.folder.sub("trials").sub(draw.name)
         if draw.stage1 and not run.exists("stage1/done.json"):
@@ -241,12 +267,12 @@ class _Search:
         draw, test = self.study.draw_of(best), metrics["stage2"]["test"]
         data = self.data(best, test)
         rows = {row.number: row for row in data.trials}
-        start = rows.get(0)
+        start = None if data.default is None else rows[data.default]
         files = {"run": metrics["files"]["report"].removesuffix("/report.html")} | metrics["files"]
         result = {
             "best": {"trial": best, "auc": rows[best].auc, "values": draw.values, "test": test, **files},
             **data.account,
-            "default": {"trial": 0, "auc": start.auc} if start is not None else None,
+            "default": {"trial": start.number, "auc": start.auc} if start is not None else None,
             "pareto": list(data.pareto),
             "history": [_plain(row) for row in data.trials],
             "nodes": [list(point) for point in data.nodes],
@@ -272,11 +298,18 @@ class _Search:
             importance=self.study.importance() if best is not None else {},
             pareto=self.study.pareto(),
             best=best,
-            default=next((r.number for r in rows if r.number == 0), None),
+            default=self.study.start(),
             test=test,
             account=self._account(rows),
             nodes=[tuple(point) for point in self.study.memory("nodes", [])],
         )
+
+    def board(self, searcher: StudySearcher) -> str:
+        """The live table."""
+        waiting = set(searcher.waiting)
+        data = self.data(self.study.best(), {})
+        rows = [replace(row, state="waiting") if row.number in waiting else row for row in data.trials]
+        return board(replace(data, trials=rows), self.clock())
 
     def _account(self, rows: list[TrialRow]) -> dict[str, Any]:
         """Counts and costs, all sessions of the search together."""
@@ -286,7 +319,7 @@ class _Search:
         reused = [row for row in rows if row.stage1 in took and row.curve and not row.stage1_seconds]
         states = [row.state for row in rows]
         seconds, nodes = self.clock(), self.study.memory("nodes", [])
-        ends = [at for at, _, _ in nodes[1:]] + [seconds]
+        ends = [at for at, _, _ in [*nodes, (seconds, 0, 0)][1:]]
         return {
             "trials": sum(state not in VOID for state in states),
             **{f"trials_{state}": states.count(state) for state in ("finished", "pruned", "failed")},
@@ -300,43 +333,60 @@ class _Search:
         }
 
 
-class _Watch(threading.Thread):
-    """Counts the cluster's nodes, and keeps one screen of the search in view."""
+@contextmanager
+def _watched(study: Study, clock: Clock) -> Iterator[_Watch]:
+    """Keeps time, counts nodes and shows a table while the block runs."""
+    watch = _Watch(study, clock)
+    watch.start()
+    try:
+        yield watch
+    finally:
+        watch.stop()
+        study.save()
 
-    def __init__(self, job: _Search, searcher: StudySearcher) -> None:
+
+class _Watch(threading.Thread):
+    """Notes the time and the cluster's nodes, so that a search that is killed knows them; keeps a screen in view."""
+
+    def __init__(self, study: Study, clock: Clock) -> None:
         super().__init__(daemon=True)
-        self._job, self._searcher, self._over = job, searcher, threading.Event()
+        self._study, self._clock, self._over = study, clock, threading.Event()
+        self._shown = time.monotonic()
+        self.board: Callable[[], str] | None = None
+        """What to show, once there is something."""
 
     def run(self) -> None:
         """Until the search is over."""
-        shown = time.monotonic()
         with Live(auto_refresh=False, transient=True) if sys.stdout.isatty() else nullcontext() as screen:
             while not self._over.wait(LOOK_EVERY_SECONDS):
-                self._count()
-                if screen is not None:
-                    screen.update(Text(self._board()), refresh=True)
-                elif time.monotonic() - shown > BOARD_EVERY_SECONDS:
-                    shown = time.monotonic()
-                    print(self._board(), flush=True)
+                with suppress(*PASSING):
+                    self._note()
+                    self._show(screen)
 
     def stop(self) -> None:
         self._over.set()
         self.join()
-        self._count()
+        with suppress(*PASSING):
+            self._note()
 
-    def _board(self) -> str:
-        waiting = set(self._searcher.waiting)
-        data = self._job.data(self._job.study.best(), {})
-        rows = [replace(row, state="waiting") if row.number in waiting else row for row in data.trials]
-        return board(replace(data, trials=rows), self._job.clock())
+    def _show(self, screen: Live | None) -> None:
+        if self.board is None:
+            return
+        if screen is not None:
+            screen.update(Text(self.board()), refresh=True)
+        elif time.monotonic() - self._shown > BOARD_EVERY_SECONDS:
+            self._shown = time.monotonic()
+            print(self.board(), flush=True)
 
-    def _count(self) -> None:
-        """Note the nodes that can work, when they change."""
+    def _note(self) -> None:
+        """Note the time, and the nodes that can work when they change."""
+        at = self._clock()
+        self._study.remember("seconds", at)
         alive = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
-        now = [round(self._job.clock(), 1), len(alive), sum(node["Resources"]["CPU"] for node in alive)]
-        known = self._job.study.memory("nodes", [])
+        now = [at, len(alive), sum(node["Resources"]["CPU"] for node in alive)]
+        known = self._study.memory("nodes", [])
         if not known or known[-1][1:] != now[1:]:
-            self._job.study.remember("nodes", [*known, now])
+            self._study.remember("nodes", [*known, now])
 
 
 def _dimension(path: str, distribution: Distribution) -> Dimension:

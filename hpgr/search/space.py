@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -80,10 +81,17 @@ class Distribution(Section):
         if self.step is not None or self.integer is not None:
             step = self.step or 1
             value = low + step * int(rng.integers(int((high - low) / step + 1e-8) + 1))
-            return int(value) if self.integer is not None else value
+            return int(value) if self.integer is not None else self.on_grid(value)
         if self.log_integer is not None:
             return min(high, int(low * ((high + 1) / low) ** rng.random()))
         return float(low * (high / low) ** rng.random() if self.log_uniform else rng.uniform(low, high))
+
+    def on_grid(self, value: Any) -> Any:
+        """A drawn value as its grid is written: 0.3, not 0.30000000000000004, so that equal draws are the same."""
+        if self.uniform is None or self.step is None:
+            return value
+        low, step = Decimal(str(self.uniform[0])), Decimal(str(self.step))
+        return float(low + step * round((value - self.uniform[0]) / self.step))
 
     def holds(self, value: Any) -> bool:
         """Whether the value can be drawn."""
@@ -121,7 +129,7 @@ class Budget(Section):
     trials: Count = 32
     """Different configurations to try, the starting one included."""
     hours: Positive | None = None
-    """No trial starts later than this; running ones end. Hours of earlier sessions of a resumed search count."""
+    """No trial starts later than this; running ones end. Preparing counts, and so do hours before a resume."""
 
 
 Objective = Literal["auc", "keys", "seconds_a_million"]
@@ -209,6 +217,11 @@ def _faults(
         return [f"{path}: no such key of the configuration" + (f"; did you mean {near[0]}?" if near else "")]
     if path.partition(".")[0] in FIXED:
         return [f"{path}: trials share the prepared log, seed and measure; set it for the whole search by --set"]
+    if path == "stage2.enabled":
+        return [f"{path}: trials are judged by stage 2's validation AUC, so it cannot vary"]
+    is_whole = isinstance(leaves[path], int) and not isinstance(leaves[path], bool)
+    if is_whole and (distribution.uniform or distribution.log_uniform):
+        return [f"{path}: takes whole numbers; use integer or log_integer"]
     faults = []
     for value in distribution.ends():
         try:
@@ -219,11 +232,35 @@ def _faults(
     if not faults and not distribution.holds(leaves[path]):
         faults.append(f"{path}: the search starts from {leaves[path]!r}, which the space does not hold; widen it, or "
                       f"start elsewhere with --set {path}=...")  # fmt: skip
-    unknown = [p for p in distribution.when if p not in leaves]
-    faults += [f"{path}: when.{p}: no such key of the configuration" for p in unknown]
+    faults += [f"{path}: {fault}" for p, wanted in distribution.when.items()
+               for fault in _condition_faults(p, wanted, space, tree, leaves)]  # fmt: skip
     own = list(space.parameters)
     late = [p for p in distribution.when if p in own and own.index(p) >= own.index(path)]
     return faults + [f"{path}: when.{p} must stand above it in the space" for p in late]
+
+
+def _condition_faults(path: str, wanted: Any, space: Space, tree: dict[str, Any], leaves: dict[str, Any]) -> list[str]:
+    if path not in leaves:
+        return [f"when.{path}: no such key of the configuration"]
+    drawn = space.parameters.get(path)
+    faults = []
+    for value in wanted if isinstance(wanted, list) else [wanted]:
+        try:
+            taken = value_at(dump(validate(placed(tree, {path: value}))), path)
+        except ConfigError as error:
+            faults.append(f"when.{path}: value {value!r} is not allowed: {str(error).splitlines()[-1].strip(' -')}")
+            continue
+        if taken != value or isinstance(taken, bool) != isinstance(value, bool):
+            faults.append(f"when.{path}: value {value!r} is read as {taken!r}; write that")
+        elif drawn is not None and not drawn.holds(value):
+            faults.append(f"when.{path}: value {value!r} is never drawn")
+    return faults
+
+
+def longest(space: Space, config: Config) -> int:
+    """Epochs of stage 2 of the longest trial that the space can draw."""
+    varied = space.parameters.get("stage2.epochs")
+    return int(max([config.stage2.epochs, *(varied.ends() if varied else [])]))
 
 
 def leaves_of(tree: Mapping[str, Any]) -> dict[str, Any]:

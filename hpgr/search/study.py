@@ -6,9 +6,13 @@ study's attributes, so a search can go on, or be read (optuna-dashboard sqlite:/
 
 from __future__ import annotations
 
+import shutil
+import sqlite3
 import tempfile
 import warnings
+import weakref
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +61,7 @@ class Study:
     def __init__(self, folder: Folder, space: Space, config: Config, stage1_key: Callable[[Config], str]) -> None:
         self._folder, self._space, self._config, self._stage1_key = folder, space, config, stage1_key
         self._tree = dump(config)
-        self._path = Path(folder.path(FILE)[1]) if folder.is_local else Path(tempfile.mkdtemp()) / FILE
+        self._path = Path(folder.path(FILE)[1]) if folder.is_local else self._scratch() / FILE
         if not folder.is_local and folder.exists(FILE):
             self._path.write_bytes(folder.read(FILE))
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,11 +81,19 @@ class Study:
             self._study.enqueue_trial(starting_values(space, config))
         self._known = {t.user_attrs["key"]: t.number for t in drawn if _state(t) not in VOID}
 
+    def _scratch(self) -> Path:
+        """A folder on this machine for as long as the study is used."""
+        folder = tempfile.mkdtemp()
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return Path(folder)
+
     def interrupted(self) -> list[Draw]:
-        """Trials that were running when the search last ended."""
+        """Trials that were running when the search last ended, or were suspended; they count as running again."""
         out = []
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if "key" in trial.user_attrs:
+                if "state" in trial.user_attrs:
+                    self.note(trial.number, state="running", error="", stopped=None)
                 out.append(self._draw_of(trial.number, trial.params))
             else:
                 self._tell(trial.number, "void", error="the search ended while it was being drawn")
@@ -153,6 +165,21 @@ class Study:
         self._tell(number, state, **attributes)
         self.save()
 
+    def suspend(self, number: int, **attributes: Any) -> None:
+        """A trial that an accident ended: it reads as failed, and is taken up again when the search goes on."""
+        self.note(number, state="failed", **attributes)
+        self.save()
+
+    def suspended(self) -> int:
+        """How many trials read as failed but will be taken up again."""
+        return sum(t.state is TrialState.RUNNING and _state(t) == "failed" for t in self._trials())
+
+    def drop(self, draw: Draw) -> None:
+        """Forget a draw that was never started: it is no trial, and may be drawn again."""
+        self._tell(draw.number, "void")
+        del self._known[draw.key]
+        self.save()
+
     def rows(self) -> list[TrialRow]:
         """All draws in order."""
         return [self._row(trial) for trial in self._trials()]
@@ -160,6 +187,10 @@ class Study:
     def owns(self, number: int) -> bool:
         """Whether the trial is the one that computes its stage 1."""
         return bool(self._attributes(number).get("owns"))
+
+    def start(self) -> int | None:
+        """Number of the starting configuration's trial: 0, unless the search ended while it was being drawn."""
+        return min(self._known.values(), default=None)
 
     def tried(self) -> int:
         """How many different configurations have been asked for."""
@@ -198,17 +229,27 @@ class Study:
     def save(self) -> None:
         """Bring the file to where it belongs; every draw and every end of a trial does so too."""
         if not self._folder.is_local:
-            self._folder.write(FILE, self._path.read_bytes())
+            self._folder.write(FILE, self._copy())
+
+    def _copy(self) -> bytes:
+        """The file as it is between two commits: another thread may be amid one."""
+        with closing(sqlite3.connect(self._path)) as file, closing(sqlite3.connect(":memory:")) as whole:
+            file.backup(whole)
+            return whole.serialize()
 
     def draw_of(self, number: int) -> Draw:
         """The configuration of a trial."""
         return self._draw_of(number, self._trials()[number].params)
 
     def _draw_of(self, number: int, values: dict[str, Any]) -> Draw:
+        values = self._on_grid(values)
         config = validate(placed(self._tree, values))
         tree = dump(config)
         key = fingerprint({k: tree[k] for k in ("seed", "stream", "model", "stage1", "stage2", "evaluation")})
         return Draw(number, values, config, key, self._stage1_key(config) if config.stage1.enabled else "")
+
+    def _on_grid(self, values: dict[str, Any]) -> dict[str, Any]:
+        return {path: self._space.parameters[path].on_grid(value) for path, value in values.items()}
 
     def _repeat(self, number: int, known: int) -> None:
         """Answer a draw with what an equal one got; one that is still running has no answer yet."""
@@ -240,7 +281,7 @@ class Study:
         return TrialRow(
             number=trial.number,
             state=_state(trial),
-            values=trial.params,
+            values=self._on_grid(trial.params),
             auc=kept.get("auc") if _state(trial) != "void" else None,
             cost=kept.get(self._space.objectives[-1]) if len(self._space.objectives) > 1 else None,
             curve=[(at, auc) for at, auc in kept.get("curve", [])],

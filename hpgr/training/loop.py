@@ -257,7 +257,8 @@ class _Loop:
         self.context.log(stage.name, scalars, p.global_step)
         progress = p.epoch + p.step / self.steps
         told = {"stage": stage.name, "epoch": p.epoch, "progress": progress, "step": p.global_step, **known}
-        self.context.report(told | {"train_loss": sums["train_loss"], f"best_{stage.metric}": p.best})
+        best = {} if p.best is None else {f"best_{stage.metric}": p.best}  # schedulers calculate with what is there
+        self.context.report(told | {"train_loss": sums["train_loss"]} | best)
 
     def _keep_best(self) -> None:
         """Write the best weights; those that a kept checkpoint may name stay."""

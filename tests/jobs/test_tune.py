@@ -82,6 +82,14 @@ def test_search_json_keeps_its_promise(finished: tuple[Path, str]) -> None:
     assert Path(found["best"]["checkpoint"]).is_file()
 
 
+def test_its_time_counts_from_before_ray_and_preparing(finished: tuple[Path, str]) -> None:
+    found = json.loads((finished[0] / "search.json").read_text())
+    ray, search = (float(at) for at in re.findall(r"\[ *([\d.]+)s\] (?:ray: starting|search: 5 trials)", finished[1]))
+    first = min(row["started"] for row in found["history"] if row["started"] is not None)
+    assert first > search - ray - 0.2
+    assert found["nodes"][0][0] < found["seconds"]
+
+
 def test_best_yaml_is_a_whole_configuration(finished: tuple[Path, str]) -> None:
     found = json.loads((finished[0] / "search.json").read_text())
     best = load_config(finished[0] / "best.yaml")
@@ -131,13 +139,15 @@ def test_a_finished_search_is_not_done_again_and_grows_with_its_budget(finished:
     changed = run(resume("first", "--set", "space.sampler.seed=3"), cwd)
     assert changed.returncode == 2
     assert "space.sampler" in changed.stderr
-    again = run(resume("first", "--set", "space.budget.trials=6"), cwd)
+    again = run(resume("first", "--set", "space.budget.trials=6", "--set", "resources.max_failures=1"), cwd)
     assert again.returncode == 0, again.stderr
     after = json.loads((finished[0] / "search.json").read_text())
     assert after["trials_finished"] == 6
     assert after["best"]["auc"] >= before["best"]["auc"]
     assert again.stdout.count(": finished auc") == 1
     assert after["seconds"] > before["seconds"]
+    kept = json.loads((finished[0] / "run.json").read_text())
+    assert (kept["space"]["budget"]["trials"], kept["config"]["resources"]["max_failures"]) == (6, 1)
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from hpgr.artifacts import Folder, fingerprint
 from hpgr.config import Config
+from hpgr.errors import StoreError
 from hpgr.on_ray.searcher import Clock, StudySearcher, asha
 from hpgr.report.trials import TrialRow
 from hpgr.search.space import Space, parse_space
-from hpgr.search.study import Study
+from hpgr.search.study import VOID, Study
 
 GAP, TOP_K = "stream.session_gap_minutes", "model.pgsa.top_k"
 GRID = {GAP: {"choice": [15, 30, 60]}, TOP_K: {"choice": [4, 8, 16, 32]}}
@@ -19,6 +23,11 @@ GRID = {GAP: {"choice": [15, 30, 60]}, TOP_K: {"choice": [4, 8, 16, 32]}}
 
 def space(**more: Any) -> Space:
     return parse_space({"parameters": GRID, "sampler": {"kind": "random"}, **more})
+
+
+def stand_in(name: str, is_start: bool = False) -> SimpleNamespace:
+    """What the scheduler sees of a trial."""
+    return SimpleNamespace(trial_id=name, config={"is_start": is_start})
 
 
 class Bench:
@@ -97,6 +106,64 @@ def test_no_trial_starts_after_the_hours(tmp_path: Path) -> None:
     assert bench.searcher.suggest("x") == "FINISHED"
 
 
+def test_after_the_hours_what_was_interrupted_goes_on_and_what_only_waited_does_not(tmp_path: Path) -> None:
+    one_stage1 = parse_space({"parameters": {TOP_K: GRID[TOP_K]}, "budget": {"trials": 4, "hours": 0.5}})
+    before = Bench(tmp_path, one_stage1)
+    cut = before.start()
+    assert cut is not None
+    assert before.start() is None
+    assert len(before.searcher.waiting) > 0
+    after = Bench(tmp_path, one_stage1)
+    after.searcher._clock.before = 3600.0
+    again = after.start()
+    assert again is not None
+    assert again[1] == cut[1]
+    after.end(again)
+    assert after.searcher.suggest("x") == "FINISHED"
+    assert [row.state for row in after.study.rows() if row.state not in VOID] == ["finished"]
+    assert after.study.tried() == 1
+
+
+def test_what_an_accident_ended_is_tried_again_by_resume(tmp_path: Path) -> None:
+    wanted = space(budget={"trials": 2})
+    before = Bench(tmp_path, wanted)
+    died = before.start()
+    assert died is not None
+    before.searcher.on_trial_complete(died[0], None, error=True)
+    other = before.start()
+    assert other is not None
+    before.end(other)
+    assert [row.state for row in before.study.rows()] == ["failed", "finished"]
+    assert "--resume tries it again" in before.said[0]
+    assert before.searcher.suggest("x") == "FINISHED"
+    after = Bench(tmp_path, wanted)
+    assert after.study.rows()[0].state == "running"
+    again = after.start()
+    assert again is not None
+    assert again[1] == died[1]
+    after.end(again)
+    assert after.searcher.suggest("x") == "FINISHED"
+    assert [(row.state, row.error) for row in after.study.rows()] == [("finished", "")] * 2
+
+
+def test_an_error_of_the_folder_is_kept_and_ends_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tune takes it for an error of the trial, or hands on a traceback's text."""
+    bench = Bench(tmp_path, space())
+    trial = bench.start()
+    assert trial is not None
+
+    def refuse(*_: Any) -> None:
+        raise StoreError("cannot look for it: the store is away")
+
+    monkeypatch.setattr(Folder, "exists", refuse)
+    with pytest.raises(StoreError, match="the store is away"):
+        bench.searcher.on_trial_complete(trial[0], {"stage": "done", "auc": 0.7, "seconds": 1.0})
+    monkeypatch.undo()
+    assert isinstance(bench.searcher.failure, StoreError)
+    with pytest.raises(StoreError, match="the store is away"):
+        bench.searcher.suggest("next")
+
+
 def test_ends_are_told_apart(tmp_path: Path) -> None:
     bench = Bench(tmp_path, space(budget={"trials": 9}))
     started = []
@@ -156,7 +223,7 @@ def test_asha_knows_what_earlier_sessions_saw() -> None:
         TrialRow(n, "finished", {}, auc, None, [(1.0, auc), (3.0, auc)], 1.0, "", 0.0, 0.0, 1.0)
         for n, auc in enumerate((0.8, 0.81, 0.82))
     ]
-    new = SimpleNamespace(trial_id="new")
+    new = stand_in("new")
 
     def decision(rows: list[TrialRow], auc: float) -> str:
         scheduler = asha(space(), 9, rows)
@@ -166,11 +233,42 @@ def test_asha_knows_what_earlier_sessions_saw() -> None:
     assert decision(past, 0.7) == "STOP"
     assert decision(past, 0.9) == "CONTINUE"
     assert decision([], 0.7) == "CONTINUE"
+    interrupted = [replace(row, state="running") for row in past]
+    assert decision(interrupted, 0.7) == "CONTINUE", "they go on, and are recorded then"
+
+
+def test_asha_never_stops_the_start_but_compares_with_it() -> None:
+    scheduler = asha(space(), 9, [])
+    trials = {name: stand_in(name, is_start=name == "start") for name in ("good", "start", "weak")}
+    for trial in trials.values():
+        scheduler.on_trial_add(None, trial)
+    decisions = {
+        name: scheduler.on_trial_result(None, trials[name], {"progress": 1.0, "best_auc": auc})
+        for name, auc in (("good", 0.9), ("start", 0.7), ("weak", 0.6))
+    }
+    assert decisions == {"good": "CONTINUE", "start": "CONTINUE", "weak": "STOP"}
+    assert "start" in scheduler._brackets[0]._rungs[-1][1]
+
+
+def test_the_start_is_marked_for_asha(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, space())
+    first, second = bench.start(), bench.start()
+    assert first is not None
+    assert second is not None
+    assert [first[1]["is_start"], second[1]["is_start"]] == [True, False]
+
+
+def test_asha_passes_over_a_validation_without_an_auc() -> None:
+    scheduler = asha(space(), 3, [])
+    trial = stand_in("one class")
+    scheduler.on_trial_add(None, trial)
+    assert scheduler.on_trial_result(None, trial, {"stage": "stage2", "progress": 1.0}) == "CONTINUE"
+    scheduler.on_trial_complete(None, trial, {"stage": "done", "auc": None})
 
 
 def test_asha_lets_a_trial_make_its_last_report() -> None:
     scheduler = asha(space(), 3, [])
-    trial = SimpleNamespace(trial_id="a")
+    trial = stand_in("a")
     scheduler.on_trial_add(None, trial)
     for progress in (1.0, 2.0, 3.0):
         assert scheduler.on_trial_result(None, trial, {"progress": progress, "best_auc": 0.6}) == "CONTINUE"

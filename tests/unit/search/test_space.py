@@ -16,6 +16,7 @@ from hpgr.search.space import (
     check,
     draw,
     load_space,
+    longest,
     parse_space,
     placed,
     starting_values,
@@ -102,6 +103,44 @@ def test_conditions_name_keys_that_are_drawn_before() -> None:
     }
     assert "when.model.pgsa.enabled must stand above it" in faults(late)
     assert "when.nothing: no such key" in faults({TOP_K: {"choice": [8, 32], "when": {"nothing": 1}}})
+
+
+def test_values_of_conditions_are_values_of_their_keys() -> None:
+    def told(when: dict[str, Any], **above: Any) -> str:
+        return faults({**above, TOP_K: {"choice": [8, 32], "when": when}})
+
+    assert "when.model.pgsa.scope: value 'al' is not allowed" in told({"model.pgsa.scope": ["all", "al"]})
+    assert "when.model.pgsa.enabled: value 'yes' is read as True; write that" in told({"model.pgsa.enabled": "yes"})
+    assert "when.model.pgsa.enabled: value 1 is read as True" in told({"model.pgsa.enabled": 1})
+    widths = {"model.dropout": {"choice": [0.1, 0.2]}}
+    assert "when.model.dropout: value 0.3 is never drawn" in told({"model.dropout": 0.3}, **widths)
+    check(space({**widths, TOP_K: {"choice": [8, 32], "when": {"model.dropout": [0.2]}}}), Config())
+
+
+def test_whole_numbers_are_not_drawn_from_fractions() -> None:
+    for kind in ("uniform", "log_uniform"):
+        assert f"{TOP_K}: takes whole numbers; use integer" in faults({TOP_K: {kind: [4, 64]}})
+    check(space({TOP_K: {"integer": [4, 64]}, SIGMA: {"integer": [0, 4]}}), Config())
+
+
+def test_stage_2_cannot_be_left_out() -> None:
+    for values in ([True, False], [True]):
+        assert "judged by stage 2's validation AUC" in faults({"stage2.enabled": {"choice": values}})
+
+
+def test_the_longest_trial_is_the_longest_that_can_be_drawn() -> None:
+    config = Config.model_validate({"stage2": {"epochs": 3}})
+    assert longest(space({TOP_K: {"choice": [8, 32]}}), config) == 3
+    assert longest(space({"stage2.epochs": {"choice": [3, 8, 5]}}), config) == 8
+    assert longest(space({"stage2.epochs": {"integer": [2, 6]}}), config) == 6
+
+
+def test_draws_of_a_grid_are_written_as_people_write_them() -> None:
+    grid = Distribution.model_validate({"uniform": [0.0, 0.4], "step": 0.1})
+    assert grid.on_grid(0.1 + 0.2) == 0.3
+    rng = np.random.default_rng(0)
+    assert {grid.sample(rng) for _ in range(100)} == {0.0, 0.1, 0.2, 0.3, 0.4}
+    assert Distribution.model_validate({"uniform": [0.0, 1.0], "step": 1 / 3}).on_grid(1 / 3) == 1 / 3
 
 
 def test_a_condition_sees_what_was_drawn_and_what_the_configuration_says() -> None:

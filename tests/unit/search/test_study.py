@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import sqlite3
+import threading
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +119,9 @@ def test_the_start_is_drawn_again_if_the_search_ended_while_it_was_drawn(tmp_pat
         opened(tmp_path)._study.ask()
     again = opened(tmp_path)
     assert again.interrupted() == []
-    assert asked(again).values == start
+    first = asked(again)
+    assert first.values == start
+    assert again.start() == first.number == 2
 
 
 def test_a_draw_that_contradicts_itself_is_no_trial(tmp_path: Path) -> None:
@@ -130,6 +136,44 @@ def test_a_draw_that_contradicts_itself_is_no_trial(tmp_path: Path) -> None:
     assert sorted(seen) == [(False, "live"), (True, "frozen"), (True, "live")]
     voids = [row for row in study.rows() if row.state == "void" and row.error]
     assert all("anchors" in row.error for row in voids)
+
+
+def test_a_start_on_the_grid_is_known_when_it_is_drawn_again(tmp_path: Path) -> None:
+    """Binary fractions would make another configuration of it, with a stage 1 and a folder of its own."""
+    wanted = space({"model.dropout": {"uniform": [0.0, 0.4], "step": 0.1}}, sampler={"kind": "random"})
+    study = opened(tmp_path, wanted, Config.model_validate({"model": {"dropout": 0.3}}))
+    drawn = []
+    while (found := study.ask()) is not None:
+        drawn.append(found.values["model.dropout"])
+        finished(study, found, 0.5)
+    assert drawn[0] == 0.3
+    assert sorted(drawn) == [0.0, 0.1, 0.2, 0.3, 0.4]
+    assert {row.values["model.dropout"] for row in study.rows()} == set(drawn)
+
+
+def test_a_suspended_trial_reads_as_failed_and_comes_back(tmp_path: Path) -> None:
+    study = opened(tmp_path)
+    lost = asked(study)
+    study.suspend(lost.number, error="its process died", stopped=9.0)
+    assert (study.rows()[0].state, study.rows()[0].error) == ("failed", "its process died")
+    assert study.tried() == study.suspended() == 1
+    again = opened(tmp_path)
+    assert again.interrupted() == [lost]
+    assert again.suspended() == 0
+    row = again.rows()[0]
+    assert (row.state, row.error, row.stopped) == ("running", "", None)
+
+
+def test_a_dropped_draw_is_no_trial_and_may_be_drawn_again(tmp_path: Path) -> None:
+    study = opened(tmp_path, space({TOP_K: {"choice": [8, 32]}}))
+    finished(study, asked(study), 0.7)
+    dropped = asked(study)
+    study.drop(dropped)
+    assert study.tried() == 1
+    assert study.rows()[dropped.number].state == "void"
+    again = opened(tmp_path, space({TOP_K: {"choice": [8, 32]}}))
+    assert again.interrupted() == []
+    assert asked(again).values == dropped.values
 
 
 def test_pruned_and_failed_trials_are_kept_and_never_best(tmp_path: Path) -> None:
@@ -214,3 +258,29 @@ def test_it_lives_on_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     again = opened(tmp_path)
     assert again.best() == done.number
     assert again.interrupted() == [cut]
+
+
+def test_a_store_gets_whole_commits_and_this_machine_keeps_no_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: dict[str, bytes] = {}
+    monkeypatch.setattr(Folder, "is_local", property(lambda self: False))
+    monkeypatch.setattr(Folder, "exists", lambda self, name="": name in written)
+    monkeypatch.setattr(Folder, "write", lambda self, name, content: written.__setitem__(name, content))
+    study = opened(tmp_path)
+    with closing(sqlite3.connect(study._path, check_same_thread=False)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        other.execute("CREATE TABLE amid (a)")
+        commit = threading.Timer(0.3, other.commit)
+        commit.start()
+        study.save()
+        commit.join()
+    (tmp_path / "copy.db").write_bytes(written["study.db"])
+    with closing(sqlite3.connect(tmp_path / "copy.db")) as copy:
+        assert copy.execute("SELECT count(*) FROM amid").fetchone() == (0,)
+        assert copy.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    scratch = study._path.parent
+    assert scratch.exists()
+    del study
+    gc.collect()
+    assert not scratch.exists()

@@ -337,6 +337,15 @@ def test_a_stage_trained_with_other_settings_is_refused(
         train(other, worker())
 
 
+def test_a_validation_without_an_auc_reports_no_best(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clicks of one class have none, and a search's scheduler calculates with what is there."""
+    stage, reports = click_stage(run), list[dict[str, Any]]()
+    monkeypatch.setattr(stage, "validate", lambda *_: {"auc": None, "n": 3.0})
+    fit(stage, replace(context_of(run, "stage2"), report=reports.append))
+    assert reports
+    assert not any("auc" in report or "best_auc" in report for report in reports)
+
+
 def test_reports_and_logs_come_at_each_validation(run: Run) -> None:
     context: Context = context_of(run, "stage2")
     reports, logs = list[dict[str, Any]](), list[tuple[str, dict[str, float], int]]()

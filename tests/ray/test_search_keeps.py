@@ -1,0 +1,203 @@
+"""What a search keeps over kills and resumes: its time, its nodes, its settings. No cluster."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import ray
+import ray.tune
+from ray.exceptions import RayError
+from ray.tune.error import TuneError
+
+from hpgr.artifacts import Folder
+from hpgr.config import Config, dump, validate
+from hpgr.errors import ArtifactError, ConfigError, DataError, HpgrError, StoreError, TrainingError, WorkersLostError
+from hpgr.on_ray import cells, trials, tune
+from hpgr.on_ray.searcher import Clock, StudySearcher
+from hpgr.on_ray.trials import Place
+from hpgr.on_ray.tune import SearchRequest, open_search, stored_config, stored_space
+from hpgr.search.space import Space, load_space, parse_space
+from hpgr.search.study import Study
+
+PLACE = Place("prepared", "stage1", "index")
+
+
+def space(**more: Any) -> Space:
+    return parse_space({"parameters": {"model.pgsa.top_k": {"choice": [8, 32]}}, **more})
+
+
+def job_of(folder: Path, start: float | None = None) -> tune._Search:
+    home = Folder(str(folder))
+    study = Study(home, space(), Config(), lambda _: "stage1")
+    clock = Clock(study.memory("seconds", 0.0), time.monotonic() if start is None else start)
+    return tune._Search(Config(), space(), home, study, clock, PLACE, lambda _: None)
+
+
+def node(cpus: float) -> dict[str, Any]:
+    return {"Alive": True, "Resources": {"CPU": cpus}}
+
+
+def test_a_killed_search_knows_its_time_and_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = [node(2.0)]
+    monkeypatch.setattr(ray, "nodes", lambda: cluster)
+    killed = job_of(tmp_path, start=time.monotonic() - 100)
+    watch = tune._Watch(killed.study, killed.clock)
+    watch._note()
+    cluster.append(node(4.0))
+    watch._note()  # the last look before SIGKILL: nothing is written down after it
+    resumed = job_of(tmp_path)
+    assert 100 <= resumed.clock() < 200
+    cluster.pop()
+    tune._Watch(resumed.study, resumed.clock)._note()
+    nodes = resumed.study.memory("nodes", [])
+    assert [alive for _, alive, _ in nodes] == [1, 2, 1]
+    assert [at for at, _, _ in nodes] == sorted(at for at, _, _ in nodes)
+    assert resumed.data(None, {}).account["node_hours"] >= 0
+
+
+def test_the_watch_outlives_a_look_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "LOOK_EVERY_SECONDS", 0.01)
+    monkeypatch.setattr(tune, "BOARD_EVERY_SECONDS", 0.0)
+    looks = list[str]()
+
+    def nodes() -> list[dict[str, Any]]:
+        looks.append("nodes")
+        if len(looks) % 2:
+            raise RayError("GCS is away")
+        return [node(2.0)]
+
+    def board() -> str:
+        looks.append("board")
+        raise StoreError("the store is away")
+
+    monkeypatch.setattr(ray, "nodes", nodes)
+    job = job_of(tmp_path, start=time.monotonic() - 50)
+    with tune._watched(job.study, job.clock) as watch:
+        watch.board = board
+        while len(looks) < 6:
+            assert watch.is_alive()
+            time.sleep(0.01)
+    assert {"nodes", "board"} <= set(looks)
+    assert job_of(tmp_path).clock() >= 50
+    assert len(job.study.memory("nodes", [])) == 1
+
+
+def test_a_cluster_that_was_never_seen_has_no_node_hours(tmp_path: Path) -> None:
+    assert job_of(tmp_path).data(None, {}).account["node_hours"] == 0
+
+
+@pytest.mark.parametrize("raised", [TuneError("a traceback"), None])
+def test_the_folders_own_error_ends_a_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: Exception | None
+) -> None:
+    def fit() -> None:
+        if raised is not None:
+            raise raised
+
+    job = job_of(tmp_path)
+    monkeypatch.setattr(tune._Search, "_tuner", lambda *_: SimpleNamespace(fit=fit))
+    searcher = SimpleNamespace(failure=StoreError("cannot write study.db: the store is away"))
+    with pytest.raises(StoreError, match="the store is away"):
+        job.run(cast("StudySearcher", searcher), 1)
+    searcher.failure = None
+    if raised is not None:
+        with pytest.raises(TuneError, match="a traceback"):
+            job.run(cast("StudySearcher", searcher), 1)
+
+
+def test_a_search_that_accidents_ended_can_go_on(tmp_path: Path) -> None:
+    """Whether the job names the command to go on with depends on the error's kind."""
+    job = job_of(tmp_path)
+    lost, failed = job.study.ask(), job.study.ask()
+    assert lost is not None
+    assert failed is not None
+    job.study.finish(failed.number, "failed", error="the loss is nan")
+    job.study.suspend(lost.number, error="StoreError: the store is away")
+    with pytest.raises(HpgrError, match="2 failed, the first with: StoreError") as caught:
+        job.promote()
+    assert caught.value.goes_on
+    job.study.finish(lost.number, "failed", error="the loss is nan")
+    with pytest.raises(TrainingError, match="no trial finished"):
+        job.promote()
+
+
+def request(folder: Path, config: Config | None, wanted: Space | None, resume: bool = True) -> SearchRequest:
+    return SearchRequest(str(folder), config, wanted, resume)
+
+
+def test_a_budget_changed_by_a_resume_is_kept(tmp_path: Path) -> None:
+    open_search(request(tmp_path, Config(), space(), resume=False))
+    begun = json.loads((tmp_path / "run.json").read_text())["versions"]
+    changed = stored_space(str(tmp_path), ["budget.trials=64"])
+    open_search(request(tmp_path, None, changed))
+    _, later, _ = open_search(request(tmp_path, None, None))
+    assert later.budget.trials == 64
+    assert load_space(tmp_path / "space.yaml").budget.trials == 64
+    assert json.loads((tmp_path / "run.json").read_text())["versions"] == begun
+
+
+def test_overrides_of_a_resume_change_the_searchs_own_configuration(tmp_path: Path) -> None:
+    own = validate({"model": {"width": 32}})
+    open_search(request(tmp_path, own, space(), resume=False))
+    changed = stored_config(str(tmp_path), ["resources.max_failures=7"])
+    assert (changed.model.width, changed.resources.max_failures) == (32, 7)
+    assert open_search(request(tmp_path, changed, None))[0] == changed
+    assert open_search(request(tmp_path, None, None))[0] == changed
+    with pytest.raises(ConfigError, match="model"):
+        open_search(request(tmp_path, stored_config(str(tmp_path), ["model.width=64"]), None))
+    with pytest.raises(ConfigError, match="widht"):
+        stored_config(str(tmp_path), ["model.widht=64"])
+    with pytest.raises(ArtifactError, match="there is no search"):
+        stored_config(str(tmp_path / "none"), [])
+
+
+@pytest.mark.parametrize("step", ["run_of", "_trained"])
+@pytest.mark.parametrize(
+    ("error", "is_final"),
+    [
+        (TrainingError("the loss is nan"), True),
+        (DataError("no clicks"), True),
+        (StoreError("the store is away"), False),
+        (WorkersLostError("lost"), False),
+        (HpgrError("Ray lost a part of the job"), False),
+        (RuntimeError("anything"), False),
+    ],
+)
+def test_accidents_are_tried_again_and_faults_are_told(
+    step: str, error: Exception, is_final: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    told = list[dict[str, Any]]()
+    monkeypatch.setattr(trials, "run_of", lambda *_: None)
+    monkeypatch.setattr(trials, step, fail)
+    monkeypatch.setattr(ray.tune, "report", told.append)
+    settings = {"config": {}, "folder": str(tmp_path), "stage1": ""}
+    if is_final:
+        trials.trial(settings, PLACE)
+        assert [(one["stage"], one["error"]) for one in told] == [("failed", str(error))]
+        return
+    with pytest.raises(type(error), match=str(error)):
+        trials.trial(settings, PLACE)
+    assert told == []
+    assert str(error) in (tmp_path / "error.txt").read_text()
+
+
+def test_a_cell_that_lost_its_workers_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a TrainingError, too, but not a numerical one: the comparison tries it again when it goes on."""
+
+    def fail(*_: Any) -> None:
+        raise WorkersLostError("lost")
+
+    monkeypatch.setattr(cells, "run_of", lambda *_: SimpleNamespace(prepared=SimpleNamespace(keep=lambda _: None)))
+    monkeypatch.setattr(cells, "_trained", fail)
+    settings = {"config": dump(Config()), "stage1": "", "test": False}
+    with pytest.raises(WorkersLostError):
+        cells._train_cell(settings, str(tmp_path), PLACE, None, "key")
+    assert not (tmp_path / cells.RECORD).exists()
