@@ -17,6 +17,9 @@ from hpgr.model.base import ClickModel, ItemModel
 from hpgr.model.inputs import Inputs, pad, unpad
 from hpgr.schema import Array
 
+LOGITS_AT_ONCE = 2**26
+"""Places of the matrix of users by catalogue that ranking holds at once: 256 MB a copy."""
+
 
 def score(model: ClickModel, steps: Iterable[Step], device: torch.device) -> pa.Table:
     """Probability of a click for every impression of the steps' batches.
@@ -98,18 +101,24 @@ def rank_next_items(model: ItemModel, steps: Iterable[Step], device: torch.devic
 def _ranks(model: ItemModel, x: Inputs, filter_seen: bool) -> tuple[Array, Array]:
     rows = torch.arange(len(x.h_item), device=x.h_item.device)
     last = x.h_real.sum(1) - 1
-    logits = model.catalogue_logits(model.encode(x)[rows, last]).float()
-    size, truth = logits.shape[1], x.h_item[rows, last] - model.first_item
-    known, target = truth >= 0, truth.clamp(min=0)
+    state, truth = model.encode(x)[rows, last], x.h_item[rows, last] - model.first_item
     past = torch.where(x.c_real, x.c_item - model.first_item, -1).clamp(min=-1)
     seen = ((past == truth[:, None]) & (past >= 0)).any(1)
+    each = max(1, LOGITS_AT_ONCE // max(1, len(model.item_bias)))
+    parts = zip(*(torch.split(t, each) for t in (state, truth, past)), strict=True)
+    rank = torch.cat([_ranks_among_all(model.catalogue_logits(s).float(), t, p, filter_seen) for s, t, p in parts])
+    return rank.cpu().numpy(), seen.cpu().numpy()
+
+
+def _ranks_among_all(logits: Tensor, truth: Tensor, past: Tensor, filter_seen: bool) -> Tensor:
+    """Ranks [R] of the catalogue items `truth` [R] (negative: it is in none) by logits [R, V]; `past` is [R, P]."""
+    size, known, target = logits.shape[1], truth >= 0, truth.clamp(min=0)
     wanted = logits.gather(1, target[:, None])
     if filter_seen:
         logits = _without(logits, past)
     place = torch.arange(size, device=logits.device)
     ahead = (logits > wanted) | ((logits == wanted) & (place < target[:, None]))
-    rank = torch.where(known, 1 + ahead.sum(1), size + 1)
-    return rank.cpu().numpy(), seen.cpu().numpy()
+    return torch.where(known, 1 + ahead.sum(1), size + 1)
 
 
 def _without(logits: Tensor, past: Tensor) -> Tensor:

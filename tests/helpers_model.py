@@ -318,7 +318,7 @@ def weights(run: Run, stage: str) -> bytes:
 def context_of(run: Run, stage: str, source: Any = None, say: Callable[[str], None] = quiet) -> Any:
     from hpgr.training.two_stage import loop_context
 
-    return loop_context(run, worker(source, say), run.folder.sub(stage))
+    return loop_context(run, worker(source, say), run.folder.sub(stage), stage)
 
 
 def gloo_worker(rank: int, world: int, runs: list[tuple[dict[str, Any], str]], meeting: str) -> None:

@@ -172,12 +172,14 @@ def worker_rows(batch: Ints, rank: int, world: int) -> tuple[Ints, bool]:
     return (own, True) if len(own) else (batch[:1], False)
 
 
-def mock_batch(rows: int, history: int, targets: int, widths: dict[str, int]) -> Batch:
+def mock_batch(rows: int, history: int, targets: int, widths: dict[str, int], item: int, mask_ratio: float) -> Batch:
     """The heaviest batch a plan allows, with invented content: run first, it finds a lack of memory early.
 
     Args:
         rows, history, targets: its padded shape.
         widths: features of h_cat, h_num, t_cat and t_num.
+        item: what all events and impressions are of; of the catalogue, or stage 1 would ask for nothing.
+        mask_ratio: share of the events that are hidden.
     """
     h, t = rows * history, rows * targets
     place = np.tile(np.arange(history), rows)
@@ -187,15 +189,15 @@ def mock_batch(rows: int, history: int, targets: int, widths: dict[str, int]) ->
         causal=np.arange(rows) % 2 == 0,
         h_lengths=np.full(rows, history),
         t_lengths=np.full(rows, targets),
-        h_item=np.ones(h, np.int64),
+        h_item=np.full(h, item),
         h_time=place * 60_000_000,
         h_action=np.zeros(h, np.int64),
         h_visible=place,
         h_session=place // 10,
-        h_masked=place % 5 == 0,
+        h_masked=np.floor((place + 1) * mask_ratio) > np.floor(place * mask_ratio),
         h_cat=np.zeros((h, widths["h_cat"]), np.int32),
         h_num=np.zeros((h, widths["h_num"]), np.float32),
-        t_item=np.ones(t, np.int64),
+        t_item=np.full(t, item),
         t_time=np.full(t, history * 60_000_000),
         t_visible=np.full(t, history),
         t_label=np.zeros(t, np.int8),

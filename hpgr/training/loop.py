@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from hpgr.artifacts import Folder
 from hpgr.config import Checkpoints
-from hpgr.data.batches import mock_batch
 from hpgr.data.hashing import combine
 from hpgr.data.stream import Source, Step
 from hpgr.errors import TrainingError
@@ -36,7 +35,8 @@ after so many seconds in any case."""
 @dataclass(frozen=True)
 class Context:
     """Where and how a stage runs. `say` prints progress, `report` hands validation figures to Ray Train,
-    `log` writes scalars (TensorBoard); `row_places` bounds tokens * width of a row."""
+    `log` writes scalars (TensorBoard); `row_places` bounds tokens * width of a row, `mock` makes the
+    heaviest batch."""
 
     folder: Folder
     source: Source
@@ -44,7 +44,7 @@ class Context:
     seed: int
     checkpoints: Checkpoints
     row_places: int
-    mock: tuple[int, int, int, dict[str, int]]
+    mock: Callable[[], Batch]
     say: Callable[[str], None]
     report: Callable[[dict[str, Any]], None]
     log: Callable[[str, dict[str, float], int], None]
@@ -130,7 +130,7 @@ class _Loop:
 
     def _rehearse(self) -> None:
         """One forward and backward of the heaviest batch, so that a lack of memory shows now."""
-        output = self._forward(mock_batch(*self.context.mock), 0)
+        output = self._forward(self.context.mock(), 0)
         (output.loss * 0).backward()
         self.optimiser.zero_grad(set_to_none=True)
 

@@ -34,15 +34,18 @@ class ItemStage:
         self.filter_seen = config.evaluation.filter_seen
         self.model = item_model(config, sizes)
         self._first_item, self._seed, self._n = sizes.first_item, config.seed, stage.negatives
-        self._q = None if len(counts) <= stage.full_softmax_items else (counts + 1.0) / (counts + 1.0).sum()
+        sampled, q = len(counts) > stage.full_softmax_items, (counts + 1.0) / (counts + 1.0).sum()
+        self._up_to = np.cumsum(q) / np.cumsum(q)[-1] if sampled else None
+        self._log_q = torch.from_numpy(np.log(q)).float()
 
     def extras(self, step: int, device: torch.device) -> dict[str, Any]:
         """Negatives by training popularity, the same on all workers; nothing for a small catalogue."""
-        if self._q is None:
+        if self._up_to is None:
             return {}
-        drawn = np.random.default_rng([self._seed, step]).choice(len(self._q), self._n, p=self._q)
+        drawn = self._up_to.searchsorted(np.random.default_rng([self._seed, step]).random(self._n), side="right")
         items = torch.from_numpy(drawn + self._first_item).to(device)
-        return {"negatives": Negatives(items, torch.from_numpy(np.log(self._q)).float().to(device))}
+        self._log_q = self._log_q.to(device)
+        return {"negatives": Negatives(items, self._log_q)}
 
     def validate(self, source: Source, device: torch.device) -> dict[str, float | int | None]:
         return self.ranks(source, self.validation, device)

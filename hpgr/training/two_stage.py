@@ -16,6 +16,7 @@ import torch
 
 from hpgr.artifacts import Folder, fingerprint
 from hpgr.config import Config, dump
+from hpgr.data.batches import mock_batch
 from hpgr.data.preparation import Prepared
 from hpgr.data.stream import Source, StreamSpec
 from hpgr.errors import ArtifactError
@@ -176,7 +177,7 @@ def _finish(
     done = distributed.from_first(_done(folder) if first else None)
     if done is None:
         start = time.monotonic()
-        progress = fit(stage, loop_context(run, worker, folder))
+        progress = fit(stage, loop_context(run, worker, folder, stage.name))
         done = _figures(progress) | {"settings": stage_key(run.config, run.prepared, stage.name)}
         done["seconds"] += time.monotonic() - start - progress.seconds if progress.seconds else 0.0
         if first:
@@ -237,8 +238,8 @@ def _figures(progress: Progress) -> dict[str, Any]:
     }
 
 
-def loop_context(run: Run, worker: Worker, folder: Folder) -> Context:
-    """What the training loop is told of a run, a worker and a stage's folder."""
+def loop_context(run: Run, worker: Worker, folder: Folder, stage: str) -> Context:
+    """What the training loop is told of a run, a worker, and a stage and its folder."""
     config, sizes = run.config, run.sizes()
     window, budget = config.stream.window, config.stream.batch_tokens
     widths = {
@@ -247,7 +248,8 @@ def loop_context(run: Run, worker: Worker, folder: Folder) -> Context:
         "t_cat": len(sizes.t_cat),
         "t_num": len(sizes.t_num),
     }
-    rows = max(1, budget // (2 * window) // distributed.world())
+    targets = window if stage == ClickStage.name else 0
+    rows = -(-max(1, budget // (window + targets)) // distributed.world())
     return Context(
         folder=folder,
         source=worker.source,
@@ -255,7 +257,7 @@ def loop_context(run: Run, worker: Worker, folder: Folder) -> Context:
         seed=config.seed,
         checkpoints=config.checkpoints,
         row_places=round_up(window) * config.model.width,
-        mock=(rows, window, window, widths),
+        mock=partial(mock_batch, rows, window, targets, widths, sizes.first_item, config.stage1.mask_ratio),
         say=worker.say,
         report=worker.report,
         log=worker.log,

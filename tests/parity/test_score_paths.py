@@ -165,6 +165,14 @@ def test_ranks_do_not_depend_on_the_batch_size(run: Run, masked_model: MaskedIte
     assert ranks[0] == ranks[1]
 
 
+def test_ranks_do_not_depend_on_how_many_users_face_the_catalogue_at_once(
+    run: Run, masked_model: MaskedItemModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = rank_next_items(masked_model, steps(run, "next_item-test"), CPU, True)
+    monkeypatch.setattr("hpgr.evaluation.LOGITS_AT_ONCE", 3 * len(masked_model.item_bias))
+    assert rank_next_items(masked_model, steps(run, "next_item-test"), CPU, True) == whole
+
+
 def test_the_next_item_query_does_not_know_the_answer(run: Run, masked_model: MaskedItemModel) -> None:
     """Another truth, another time, action or label of the event to find: the same prediction."""
 

@@ -365,5 +365,6 @@ def test_batch_holds_the_events_of_its_windows(log: list[Any], stream: Stream) -
 
 
 def test_mock_batch_is_a_batch() -> None:
-    batch = mock_batch(3, 7, 2, {"h_cat": 1, "h_num": 0, "t_cat": 2, "t_num": 3})
+    batch = mock_batch(3, 7, 2, {"h_cat": 1, "h_num": 0, "t_cat": 2, "t_num": 3}, 9, 0.3)
+    assert batch.h_masked.reshape(3, 7).sum(1).tolist() == [2, 2, 2]
     assert (len(batch), len(batch.h_item), batch.t_num.shape) == (3, 21, (6, 3))

@@ -120,7 +120,7 @@ def hpgr(config: Config, folder: Path, device: str) -> Epoch:
         silent = Worker(LocalSource(), torch.device(device), _nothing, _nothing, _nothing)
         be_deterministic(config.seed, silent.device)
         stage = item_stage(place, prepared.folder.read_parquet("vocabulary.parquet"))
-        progress = fit(stage, loop_context(place, silent, place.folder))
+        progress = fit(stage, loop_context(place, silent, place.folder, stage.name))
         torch.use_deterministic_algorithms(False)  # the peers do not
         return int(stage.stream.windows().tokens.sum()), progress.seconds
 

@@ -131,6 +131,8 @@ def test_negatives_follow_popularity_and_the_step_alone() -> None:
     assert first.items.min() >= SIZES.first_item
     assert first.items.max() < SIZES.items
     assert float(first.log_q.exp().sum()) == pytest.approx(1)
+    drawn = np.random.default_rng([config.seed, 1]).choice(20, 4000, p=(counts + 1) / (counts + 1).sum())
+    assert (first.items - SIZES.first_item).tolist() == drawn.tolist(), "the plain way to draw"
     rare = float((first.items < 14).double().mean())
     assert rare == pytest.approx(10 / 1020, abs=0.01)
 

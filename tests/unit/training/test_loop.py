@@ -25,7 +25,6 @@ from torch import Tensor
 
 from hpgr.artifacts import Folder
 from hpgr.config import Checkpoints, Config
-from hpgr.data.batches import mock_batch
 from hpgr.errors import ArtifactError, TrainingError
 from hpgr.model.inputs import pad
 from hpgr.training.loop import Context, fit
@@ -364,9 +363,18 @@ def test_noise_has_room_for_the_longest_padded_row(window: int, run: Run) -> Non
     stream = run.config.stream.model_copy(update={"window": window, "stride": 1})
     other = replace(run, config=run.config.model_copy(update={"stream": stream}))
     context: Context = context_of(other, "stage2")
-    rows, history, targets, widths = context.mock
-    longest = pad(mock_batch(rows, history, targets, widths))
+    longest = pad(context.mock())
     assert context.row_places >= max(longest.h_item.shape[1], longest.c_item.shape[1]) * run.config.model.width
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_the_rehearsed_batch_asks_what_the_stage_asks_and_fills_the_budget(stage: str, run: Run) -> None:
+    batch, stream = context_of(run, stage).mock(), run.config.stream
+    assert batch.h_item.min() >= run.sizes().first_item
+    assert batch.h_masked.mean() == pytest.approx(run.config.stage1.mask_ratio, abs=1 / stream.window)
+    assert (len(batch.t_item) > 0) == (stage == "stage2")
+    each = stream.window * (2 if stage == "stage2" else 1)
+    assert len(batch) == max(1, stream.batch_tokens // each)
 
 
 def test_the_run_folder_is_enough(straight: tuple[Run, dict[str, Any], Any]) -> None:

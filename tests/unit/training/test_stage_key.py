@@ -65,7 +65,7 @@ def changed(config: Config, values: dict[str, Any]) -> Config:
 def stage1_weights(run: Run) -> dict[str, torch.Tensor]:
     torch.manual_seed(run.config.seed)
     stage = item_stage(run, run.prepared.folder.read_parquet("vocabulary.parquet"))
-    fit(stage, loop_context(run, worker(), run.folder.sub("stage1")))
+    fit(stage, loop_context(run, worker(), run.folder.sub("stage1"), "stage1"))
     assert isinstance(stage.model, ItemModel)
     return stage.model.state_dict()
 
