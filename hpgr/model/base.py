@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from hpgr.config import Config
 from hpgr.model.embedding import EventEncoder, MatchFeatures, Sizes
-from hpgr.model.inputs import Inputs
+from hpgr.model.inputs import Inputs, tiles
 from hpgr.model.noise import Noise
 from hpgr.model.pgsa import visible_mask
 
@@ -206,13 +206,18 @@ class TokenClick(ClickModel):
 
     def candidates(self, x: Inputs, noise: Noise | None, more: Tensor | float = 0.0) -> Tensor:
         """Candidate tokens, with what the visible past says of exactly their item, and `more`: [B, M, D]."""
-        match = 0.0 if self.match is None else self.match(x, visible_matches(x))
+        match = 0.0 if self.match is None else self.match(x.c_time, *visible_matches(x))
         return self.events.candidates(x, noise, match + more)
 
 
-def visible_matches(x: Inputs) -> Tensor:
-    """Which visible past events have the candidate's very item: [B, M, N] booleans."""
-    return (x.c_item[..., None] == x.h_item[:, None, :]) & visible_mask(x.c_visible, x.h_item.shape[1])
+def visible_matches(x: Inputs) -> tuple[Tensor, Tensor]:
+    """How many visible past events have the candidate's very item, and when the last of them was (0: none): [B, M]."""
+    (rows, n), found = x.h_item.shape, []
+    for tile in tiles(rows, x.c_item.shape[1], n):
+        same = (x.c_item[:, tile, None] == x.h_item[:, None, :]) & visible_mask(x.c_visible[:, tile], n)
+        found.append((same.sum(-1), torch.where(same, x.h_time[:, None, :], 0).amax(-1)))
+    count, last = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+    return count, last
 
 
 def click_head(width: int, base_rate: float) -> nn.Sequential:

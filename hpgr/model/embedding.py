@@ -125,10 +125,9 @@ class MatchFeatures(nn.Module):
         for table in (self.count, self.age):
             nn.init.zeros_(table.weight)
 
-    def forward(self, x: Inputs, same: Tensor) -> Tensor:
-        """`same` [B, M, N] marks visible past events with the candidate's item -> [B, M, D]."""
-        n = same.sum(-1)
-        last = torch.where(same, x.h_time[:, None, :], 0).amax(-1)
-        bucket = 1 + time_bucket(x.c_time - last, self.buckets)
+    def forward(self, time: Tensor, n: Tensor, last: Tensor) -> Tensor:
+        """Candidates' times, how many visible past events have their item, and when the last was: [B, M] each ->
+        [B, M, D]."""
+        bucket = 1 + time_bucket(time - last, self.buckets)
         count = torch.log2(1 + n.float()).ceil().long().clamp(max=MATCH_COUNTS - 1)
         return self.count(count) + self.age(bucket * (n > 0))

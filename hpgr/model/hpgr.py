@@ -15,9 +15,8 @@ from hpgr.model.hstu import HstuEncoder, KeyValue
 from hpgr.model.inputs import Inputs
 from hpgr.model.noise import Noise, number_sites
 from hpgr.model.pgsa import select_anchors, visible_mask
-from hpgr.model.preference import PreferenceFeatures, nearest
+from hpgr.model.preference import PreferenceFeatures, nearest, relevance_of
 from hpgr.model.relation import Queries, Relation, fuses, keep, relate, relate_sparsely, sparse_weights
-from hpgr.model.select import Kept
 from hpgr.model.sem import Sem
 from hpgr.schema import NO_ACTION
 
@@ -52,11 +51,11 @@ class HstuClick(TokenClick):
         query = None if past.vectors is None else self.anchor_vectors(x.c_item)
         impl = self.config.pgsa.impl if shares is None else "reference"
         relation = self._relation(x, Queries(x.c_item, x.c_time, x.c_visible), query, past.vectors, impl)
-        c = self.candidates(x, noise, self.summaries(past, x, relation.kept))
+        c = self.candidates(x, noise, self.summaries(past, x, relation.anchors))
         return self.encoder.read(c, past.shown, relation, noise, shares)
 
-    def summaries(self, past: Past, x: Inputs, kept: Kept | None) -> Tensor | float:
-        """What candidates carry beside their item: [B, M, D], or nothing. `kept` is what they attend to, if chosen."""
+    def summaries(self, past: Past, x: Inputs, anchors: tuple[Tensor, Tensor] | None) -> Tensor | float:
+        """What candidates carry beside their item: [B, M, D], or nothing. `anchors` as in `Relation`."""
         return 0.0
 
     def history(self, x: Inputs, noise: Noise | None) -> Tensor:
@@ -142,16 +141,14 @@ class HpgrClick(HstuClick):
         intra, context = self.sem(tokens, x, noise, torch.ones_like(x.causal))
         return tokens + torch.tanh(self.gate_intra) * (intra - tokens) + torch.tanh(self.gate_inter) * context
 
-    def summaries(self, past: Past, x: Inputs, kept: Kept | None) -> Tensor | float:
+    def summaries(self, past: Past, x: Inputs, anchors: tuple[Tensor, Tensor] | None) -> Tensor | float:
         """What the user did with the candidates' anchors: [B, M, D]."""
         if self.preference is None:
             return 0.0
         query, pgsa = self.anchor_vectors(x.c_item), self.config.pgsa
         key = self.anchor_vectors(x.h_item) if past.vectors is None else past.vectors
-        capped = pgsa.max_keys is not None and pgsa.max_keys < pgsa.top_k
-        chosen = None if kept is None or capped else kept.anchors(pgsa.top_k)
-        place, real = chosen or nearest(query, key, x.c_visible, pgsa.top_k, pgsa.impl)
-        relevance = (query @ key.transpose(1, 2)).gather(-1, place)
+        place, real = anchors or nearest(query, key, x.c_visible, pgsa.top_k, pgsa.impl)
+        relevance = relevance_of(query, key, place)
         rows = torch.arange(x.h_item.shape[0], device=x.h_item.device)[:, None, None]
         return self.preference(relevance, x.h_action[rows, place], real)
 

@@ -40,6 +40,8 @@ class Inputs:
 
 
 LANES = 16
+MAP = 1 << 20
+"""Most places of a map of queries and history events that is looked at once and let go."""
 
 
 def round_up(size: int, lanes: int = LANES) -> int:
@@ -77,6 +79,14 @@ def _padded(
         padded[rows, place] = values
         out[name] = torch.from_numpy(padded).to(device, non_blocking=True)
     return out
+
+
+def tiles(rows: int, queries: int, events: int) -> list[slice]:
+    """Slices of the queries, such that a map [B, T, N] of a slice is small; an exported program takes them at once."""
+    if torch.compiler.is_exporting():
+        return [slice(None)]
+    size = max(1, MAP // max(1, rows * events))
+    return [slice(first, first + size) for first in range(0, max(1, queries), size)]
 
 
 def with_candidates(x: Inputs, rows: Ints, lengths: Ints, columns: dict[str, Array]) -> Inputs:

@@ -53,7 +53,7 @@ class LogisticClick(ClickModel):
         logit = self.popular(self.popularity[x.c_item]) + self._gap(x)
         logit = logit + self.features(x.c_cat, x.c_num, self.sizes.t_cat, self.sizes.t_num)
         if self.match is not None:
-            logit = logit + self.match(x, visible_matches(x))
+            logit = logit + self.match(x.c_time, *visible_matches(x))
         return logit[..., 0].float()
 
     def _gap(self, x: Inputs) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hpgr.model.inputs import tiles
 from hpgr.model.pgsa import select_anchors
-from hpgr.model.select import select_anchors_in_tiles
+from hpgr.model.select import recent_first, select_anchors_in_tiles
 
 SHARPEST, SOFTEST = 32.0, 2.0
 """Sharpnesses at the start lie between these: from the nearest few anchors alone to nearly all alike."""
@@ -42,10 +43,15 @@ class PreferenceFeatures(nn.Module):
 def nearest(query: Tensor, key: Tensor, visible: Tensor, top_k: int, impl: str) -> tuple[Tensor, Tensor]:
     """Anchors of queries by item vectors [B, M, D] and [B, N, D]: positions, and which are real, [B, M, K] each.
 
-    The most recent comes first, as in `Kept`: the fast choice has no order of its own, and sums over anchors must not
-    depend on the rest of the batch.
+    The most recent comes first, as in `Kept`: sums over anchors must not depend on how they were found.
     """
-    select = select_anchors if impl == "reference" else select_anchors_in_tiles
-    place, real = select(query, key, visible, top_k)
-    place = torch.where(real, place, -1).sort(-1, descending=True).values
-    return place.clamp(min=0), place >= 0
+    if impl == "reference":
+        place, real = select_anchors(query, key, visible, top_k)
+        return recent_first(torch.where(real, place, -1))
+    return select_anchors_in_tiles(query, key, visible, top_k)
+
+
+def relevance_of(query: Tensor, key: Tensor, place: Tensor) -> Tensor:
+    """Dot products of queries [B, M, D] with the keys [B, N, D] at their places [B, M, K]: [B, M, K]."""
+    parts = tiles(place.shape[0], place.shape[1], key.shape[1])
+    return torch.cat([(query[:, t] @ key.transpose(1, 2)).gather(-1, place[:, t]) for t in parts], 1)

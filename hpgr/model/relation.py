@@ -6,7 +6,7 @@ Shapes: B rows, Q queries (history events or candidates), N history events, D wi
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from shutil import which
@@ -20,7 +20,7 @@ from hpgr.errors import ConfigError
 from hpgr.model.gather import Links, gather_pays
 from hpgr.model.inputs import Inputs
 from hpgr.model.pgsa import cap_weights, gaussian_weights, select_anchors
-from hpgr.model.select import FUSED_ANCHORS, FUSED_EVENTS, Kept, most_slots, select_keys, select_weights
+from hpgr.model.select import FUSED_ANCHORS, FUSED_EVENTS, Kept, most_slots, recent_first, select_keys, select_weights
 from hpgr.model.timing import time_bucket
 
 FUSED_FROM = 200
@@ -66,13 +66,14 @@ class Pairs:
 class Relation:
     """How queries relate to the history, the same in every layer.
 
-    `weights` are attention weights [B, Q, N], 0 where the query must not look, or the kept keys; `kept` is then
-    the choice that they were made of. Links with a code need no `pairs`.
+    `weights` are attention weights [B, Q, N], 0 where the query must not look, or the kept keys. `anchors` are those
+    they were made of, the most recent first, where choosing left them: positions and which are real, [B, Q, K] each.
+    Links with a code need no `pairs`.
     """
 
     pairs: Pairs | None
     weights: Tensor | Links
-    kept: Kept | None = None
+    anchors: tuple[Tensor, Tensor] | None = None
 
 
 def relate(
@@ -92,18 +93,20 @@ def relate(
 
 def relate_kept(x: Inputs, queries: Queries, kept: Kept, config: Model, window: int, fused: bool = False) -> Relation:
     """`relate` for kept keys alone, with their code if Triton's kernels are to attend."""
-    n = x.h_item.shape[1]
+    n, pgsa = x.h_item.shape[1], config.pgsa
+    capped = pgsa.max_keys is not None and pgsa.max_keys < pgsa.top_k
+    anchors = None if capped else kept.anchors(pgsa.top_k)
     if fused:
         from hpgr.model.fused import code_pairs  # needs triton
 
         code = code_pairs(kept.index, queries, x.h_item, x.h_time, window, config.time_buckets)
-        return Relation(None, Links(kept.index, kept.weight, n, config.heads, code), kept)
+        return Relation(None, Links(kept.index, kept.weight, n, config.heads, code), anchors)
     rows = torch.arange(len(kept.index), device=kept.index.device)[:, None, None]
     distance = (queries.visible[..., None] - kept.index).clamp(0, window)
     age = time_bucket(queries.time[..., None] - x.h_time[rows, kept.index], config.time_buckets)
     same = queries.item[..., None] == x.h_item[rows, kept.index]
     pairs = Pairs(distance, age, same, _bounds(config, window))
-    return Relation(pairs, Links(kept.index, kept.weight, n, config.heads), kept)
+    return Relation(pairs, Links(kept.index, kept.weight, n, config.heads), anchors)
 
 
 def _bounds(config: Model, window: int) -> tuple[int, int, int]:
@@ -124,8 +127,8 @@ def relate_sparsely(
     slots = most_slots(n, pgsa.top_k, pgsa.sigma, pgsa.max_keys)
     fused = fuses(impl, n, pgsa.top_k, key.device)
     if impl == "auto" and not fused and not gather_pays(n, slots, key.device):
-        weights = select_weights(query, key, queries.visible, pgsa.top_k, pgsa.sigma, pgsa.max_keys)
-        return relate(x, *queries, weights, config, window)
+        weights, anchors = select_weights(query, key, queries.visible, pgsa.top_k, pgsa.sigma, pgsa.max_keys)
+        return replace(relate(x, *queries, weights, config, window), anchors=recent_first(anchors))
     kept = keep(query, key, queries.visible, pgsa, fused)
     return relate_kept(x, queries, kept, config, window, fused)
 

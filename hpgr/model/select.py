@@ -104,8 +104,10 @@ def select_keys(
 
 def select_weights(
     query: Tensor, key: Tensor, visible: Tensor, top_k: int, sigma: float, max_keys: int | None = None
-) -> Tensor:
-    """The same weights over the whole history, as the reference has them: [B, Q, N]; arguments as of `select_keys`.
+) -> tuple[Tensor, Tensor]:
+    """The same weights over the whole history, as the reference has them, [B, Q, N]; arguments as of `select_keys`.
+
+    With them the anchors, [B, Q, <= K] positions in any order, below 0 where there are fewer.
 
     Of distances instead of weights, in a byte each: what lies beyond all Gaussians is at the distance `far`.
     """
@@ -114,18 +116,21 @@ def select_weights(
     far = len(levels)
     weight_at = torch.tensor([*levels, 0.0], device=key.device)
     weights = torch.zeros(len(key), query.shape[1], n, device=key.device)
+    anchors = torch.full((len(key), query.shape[1], min(top_k, n)), -FAR, device=key.device)
     with torch.no_grad():
         for tile, relevance in _relevance_tiles(query, key, visible, top_k):
             upto = relevance.shape[-1]
             ranked = sortable(relevance, visible[:, tile])
             seen = visible_mask(visible[:, tile], upto)
-            anchor = seen if upto <= top_k else seen & (ranked >= _largest(ranked, top_k)[..., :1])
+            best = ranked if upto <= top_k else _largest(ranked, top_k)
+            anchors[:, tile, : best.shape[-1]] = _places(best)
+            anchor = seen if upto <= top_k else seen & (ranked >= best[..., :1])
             distance = _no_nearer(_distances(anchor, far), ~seen, far)
             if max_keys is not None and max_keys < upto:
                 order = (distance.int() * -n).add_(torch.arange(upto, dtype=torch.int32, device=key.device))
                 distance = _no_nearer(distance, order < _largest(order, max_keys)[..., :1], far)
             weights[:, tile, :upto] = weight_at.index_select(0, distance.flatten().int()).view(distance.shape)
-    return weights
+    return weights, anchors
 
 
 def _distances(anchor: Tensor, far: int) -> Tensor:
@@ -149,11 +154,18 @@ def _no_nearer(distance: Tensor, where: Tensor, far: int) -> Tensor:
 
 
 def select_anchors_in_tiles(query: Tensor, key: Tensor, visible: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """`select_anchors`, the fast way: the same anchors, in any order."""
+    """`select_anchors`, the fast way: the same anchors, the most recent first."""
     with torch.no_grad():
         tiles = [anchors for _, anchors in _anchor_tiles(query, key, visible, top_k)]
         width = min(top_k, key.shape[1])
         anchors = torch.cat([F.pad(a, (0, width - a.shape[-1]), value=-FAR) for a in tiles], 1)
+    return recent_first(anchors)
+
+
+def recent_first(anchors: Tensor) -> tuple[Tensor, Tensor]:
+    """Anchors [..., K], below 0 where there are fewer, in an order that says nothing of how they were found: positions,
+    the most recent first, and which are real."""
+    anchors = anchors.sort(-1, descending=True).values
     return anchors.clamp(min=0), anchors >= 0
 
 

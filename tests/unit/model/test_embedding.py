@@ -11,6 +11,7 @@ from helpers_model import SIZES, changed, inputs, random_batch, rows_of, shaken,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hpgr.model.base import visible_matches
 from hpgr.model.embedding import MATCH_COUNTS, EventEncoder, MatchFeatures
 from hpgr.model.inputs import unpad
 from hpgr.model.timing import LONGEST, time_before, time_bucket
@@ -83,7 +84,8 @@ def test_streams_share_the_tables_of_a_feature_they_both_show(encoder: EventEnco
     assert encoder.features.tables["f_colour"].weight.grad is None
 
 
-def test_match_features_equal_the_loop() -> None:
+@pytest.mark.parametrize("places", [1, 3 * 40 * 4, 1 << 20])  # candidates one by one, in tiles, all at once
+def test_match_features_equal_the_loop(monkeypatch: pytest.MonkeyPatch, places: int) -> None:
     """A count bucket (0, 1, then powers of two) and the age of the last match, from the visible past alone."""
     match = MatchFeatures(tiny().model.width, tiny().model.time_buckets)
     torch.nn.init.normal_(match.count.weight)
@@ -92,7 +94,8 @@ def test_match_features_equal_the_loop() -> None:
     batch = replace(batch, h_item=4 + batch.h_item % 5, t_item=4 + batch.t_item % 6)
     x = inputs(batch)
     same = (x.c_item[..., None] == x.h_item[:, None, :]) & (x.h_time[:, None, :] < x.c_time[..., None])
-    got = match(x, same)
+    monkeypatch.setattr("hpgr.model.inputs.MAP", places)
+    got = match(x.c_time, *visible_matches(x))
     counts = set()
     for b in range(3):
         for m in range(6):

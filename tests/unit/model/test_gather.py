@@ -21,7 +21,7 @@ from hpgr.model.inputs import Inputs
 from hpgr.model.pgsa import cap_weights, gaussian_weights, select_anchors
 from hpgr.model.registry import click_model
 from hpgr.model.relation import Queries, relate_sparsely
-from hpgr.model.select import Kept, most_slots, select_anchors_in_tiles, select_keys, select_weights
+from hpgr.model.select import Kept, most_slots, recent_first, select_anchors_in_tiles, select_keys, select_weights
 
 SIGMAS = st.sampled_from([0.0, 0.05, 0.2, 0.7, 1.0, 3.0, 40.0])
 CAPS = st.sampled_from([None, 1, 2, 5, 64, 500])
@@ -50,14 +50,16 @@ def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(select, name, request.param)
 
 
+def places(anchors: tuple[Tensor, Tensor]) -> Tensor:
+    """Positions of real anchors in order."""
+    return torch.where(anchors[1], anchors[0], -1).sort(-1).values
+
+
 @pytest.mark.usefixtures("tile")
 def test_the_anchors_are_the_references() -> None:
     @settings(deadline=None, max_examples=60)
     @given(choices())
     def check(drawn: tuple[Tensor, Tensor, Tensor, int]) -> None:
-        def places(anchors: tuple[Tensor, Tensor]) -> Tensor:
-            return torch.where(anchors[1], anchors[0], -1).sort(-1).values
-
         assert torch.equal(places(select_anchors_in_tiles(*drawn)), places(select_anchors(*drawn)))
 
     check()
@@ -72,7 +74,9 @@ def test_kept_keys_and_weights_are_the_references() -> None:
         weights = cap_weights(gaussian_weights(*select_anchors(*drawn), visible, n, sigma), cap)
         kept = select_keys(*drawn, sigma, cap)
         assert torch.equal(whole(kept, n), weights)
-        assert torch.equal(select_weights(*drawn, sigma, cap), weights)
+        found, anchors = select_weights(*drawn, sigma, cap)
+        assert torch.equal(found, weights)
+        assert torch.equal(places(recent_first(anchors)), places(select_anchors(*drawn)))
         assert torch.equal(kept.count(), (weights > 0).sum(-1))
         assert int(kept.count().max()) <= kept.index.shape[-1] == most_slots(n, top_k, sigma, cap)
         assert (kept.weight.diff(dim=-1) <= 0).all()
@@ -102,7 +106,7 @@ def test_wide_gaussians_over_a_long_history() -> None:
     visible = torch.randint(0, 701, (2, 700), generator=generator)
     weights = gaussian_weights(*select_anchors(key, key, visible, 2), visible, 700, 100.0)
     for cap in (None, 150):
-        assert torch.equal(select_weights(key, key, visible, 2, 100.0, cap), cap_weights(weights, cap))
+        assert torch.equal(select_weights(key, key, visible, 2, 100.0, cap)[0], cap_weights(weights, cap))
 
 
 def test_the_cap_by_hand() -> None:

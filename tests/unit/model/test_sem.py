@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from hpgr.model.inputs import Inputs
-from hpgr.model.sem import SESSION_POSITIONS, Sem, inter_mask, intra_mask, places_in_session, rotated
+from hpgr.model.sem import (
+    SESSION_POSITIONS,
+    Sem,
+    SessionBlocks,
+    attend_where,
+    inter_mask,
+    intra_mask,
+    places_in_session,
+    rotated,
+)
 
 
 def jagged(seed: int = 0, rows: int = 4, events: int = 9) -> Inputs:
@@ -90,7 +99,7 @@ def test_rotary_positions_order_late_events_of_a_long_session(sem: Sem) -> None:
         tokens = torch.zeros(1, n, 8)
         tokens[0, place] = mark
         told.append(sem(tokens, x, None, torch.zeros(1, dtype=torch.bool))[0][0, n - 1])
-    assert ((told[0] - told[1]).abs().max() > 1e-4) == sem.intra[0].rotary
+    assert ((told[0] - told[1]).abs().max() > 1e-4) == sem.rotary
 
 
 @pytest.fixture(params=[False, True], ids=["places", "rotary"])
@@ -115,20 +124,25 @@ def looped(sem: Sem, tokens: torch.Tensor, x: Inputs, row: int, causal: bool) ->
         if causal:
             allowed = (time[None, :] < time[:, None]) | torch.eye(len(inside), dtype=torch.bool)
         for block in sem.intra:
-            part = block(part[None], allowed[None], None, 0)[0]
+            part = block(part[None], attend_where(allowed[None], sem.rotary), None, 0)[0]
         encoded[inside] = part
     summary = torch.stack([encoded[[i for i in range(n) if session[i] == s]].mean(0) for s in numbers])
     allowed = torch.ones(len(numbers), len(numbers), dtype=torch.bool)
     for block in sem.inter:
-        summary = block(summary[None], (allowed.tril() if causal else allowed)[None], None, 0)[0]
+        mix = attend_where((allowed.tril() if causal else allowed)[None], sem.rotary)
+        summary = block(summary[None], mix, None, 0)[0]
     summary = sem.back(sem.norm(summary))
     if causal:  # an event is told of the sessions before its own
         summary = F.pad(summary, (0, 0, 1, 0))[:-1]
     return encoded, summary[[numbers.index(s) for s in session]]
 
 
+@pytest.mark.parametrize("blocks_from", [1, 512], ids=["one by one", "under a mask"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_sem_equals_a_loop_over_sessions(sem: Sem, causal: bool) -> None:
+def test_sem_equals_a_loop_over_sessions(
+    sem: Sem, causal: bool, blocks_from: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hpgr.model.sem.BLOCKS_FROM", blocks_from)
     x = jagged(seed=4)
     tokens = torch.randn(4, 9, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -145,6 +159,43 @@ def test_the_first_session_has_no_causal_context(sem: Sem) -> None:
     _, context = sem(torch.randn(4, 9, 8), x, None, torch.ones(4, dtype=torch.bool))
     assert (context[x.h_session == 0] == 0).all()
     assert (context[(x.h_session > 0) & x.h_real] != 0).any(-1).all()
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10_000), st.integers(1, 4), st.integers(2, 90), st.booleans())
+def test_sessions_of_their_own_are_attended_to_as_under_a_mask(seed: int, rows: int, events: int, rotary: bool) -> None:
+    """Values and gradients, for sessions of all lengths, ties and padding."""
+    x = jagged(seed, rows, events)
+    draw = torch.Generator().manual_seed(seed)
+    mixes = attend_where(intra_mask(x, x.causal), rotary), SessionBlocks.of(x, x.causal, rotary).mix
+    qkv = torch.randn(*x.h_item.shape, 3, 2, 4, generator=draw)
+    weight = torch.randn(*x.h_item.shape, 8, generator=draw) * x.h_real[..., None]
+    found = []
+    for mix in mixes:
+        given_qkv = qkv.clone().requires_grad_()
+        mixed = mix(given_qkv)
+        (mixed * weight).sum().backward()
+        found.append((mixed[x.h_real], given_qkv.grad))
+    for masked, alone in zip(*found, strict=True):
+        torch.testing.assert_close(alone, masked, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_session_says_does_not_depend_on_the_rest_of_its_batch_to_the_bit() -> None:
+    x = jagged(3, 3, 70)
+    qkv = torch.randn(*x.h_item.shape, 3, 2, 4, generator=torch.Generator().manual_seed(0))
+    together = SessionBlocks.of(x, x.causal, False).mix(qkv)
+    for row in range(3):
+        one = replace(x, **{name: getattr(x, name)[[row]] for name in ("h_session", "h_real", "h_visible", "h_item")})
+        alone = SessionBlocks.of(one, x.causal[[row]], False).mix(qkv[[row]])
+        assert torch.equal(alone[0], together[row])
+
+
+def test_no_mask_of_short_sessions_is_as_large_as_a_map_of_a_history() -> None:
+    """Of 4,096 events in sessions of 8: attention inside sessions holds 32 numbers an event, not 4,096."""
+    n = 4096
+    x = replace(one_session(n), h_session=(torch.arange(n) // 8)[None])
+    blocks = SessionBlocks.of(x, x.causal, False)
+    assert sum(allowed.numel() for allowed in blocks.allowed) == n // 8 * 16 * 16
 
 
 @pytest.mark.parametrize("causal", [False, True])
