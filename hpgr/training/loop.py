@@ -17,7 +17,7 @@ from hpgr.config import Checkpoints
 from hpgr.data.hashing import combine
 from hpgr.data.stream import Source, Step
 from hpgr.errors import TrainingError
-from hpgr.model.inputs import pad
+from hpgr.model.inputs import Inputs, pad
 from hpgr.model.noise import Noise
 from hpgr.schema import Batch
 from hpgr.training import checkpoint, distributed
@@ -48,6 +48,12 @@ class Context:
     say: Callable[[str], None]
     report: Callable[[dict[str, Any]], None]
     log: Callable[[str, dict[str, float], int], None]
+
+    @property
+    def lanes(self) -> int:
+        """What lengths of a batch are rounded up to: kernels of a GPU want eights, a CPU takes any. Scores are made in
+        `LANES`, for their bits' sake; a step's sums may differ in their last ones."""
+        return 8 if self.device.type == "cuda" else 1
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bf16 on a GPU, nothing on a CPU."""
@@ -130,7 +136,7 @@ class _Loop:
 
     def _rehearse(self) -> None:
         """One forward and backward of the heaviest batch, so that a lack of memory shows now."""
-        output = self._forward(self.context.mock(), 0)
+        output = self._forward(self._padded(self.context.mock()), 0)
         (output.loss * 0).backward()
         self.optimiser.zero_grad(set_to_none=True)
 
@@ -138,8 +144,9 @@ class _Loop:
         p, stage = self.progress, self.stage
         mark = self.began = self.told = self.spoken = time.monotonic()
         for step in self.context.source.steps(stage.stream, range(p.epoch, stage.epochs), p.step):
+            inputs = self._padded(step.batch)  # making tensors is waiting for data, too
             waited = time.monotonic() - mark
-            self._step(step)
+            self._step(step, inputs)
             last = step.step + 1 == step.steps
             p.epoch, p.step = (step.epoch + 1, 0) if last else (step.epoch, step.step + 1)
             took = time.monotonic() - mark
@@ -186,20 +193,22 @@ class _Loop:
         figures, self.meter = self.meter.figures(), Meter()
         return figures
 
-    def _forward(self, batch: Batch, step: int) -> Any:
+    def _padded(self, batch: Batch) -> Inputs:
+        return pad(batch, self.context.device, self.context.lanes)
+
+    def _forward(self, inputs: Inputs, step: int) -> Any:
         self.parallel.train() if hasattr(self, "parallel") else self.model.train()
-        inputs = pad(batch, self.context.device)
         seed = int(combine(self.context.seed, _stage_number(self.stage.name), step)[()])
         noise = Noise(seed, inputs.key, self.context.row_places, self.context.device)
         with self.context.autocast():
             return self.parallel(inputs, noise, **self.stage.extras(step, self.context.device))
 
-    def _step(self, step: Step) -> None:
+    def _step(self, step: Step, inputs: Inputs) -> None:
         p = self.progress
-        output = self._forward(step.batch, p.global_step)
+        output = self._forward(inputs, p.global_step)
         real = float(step.real)
         sums = torch.stack([output.loss.detach().double() * real, output.terms.double() * real]).cpu()
-        counts = torch.tensor(counts_of(step.batch), dtype=torch.float64) * real
+        counts = torch.tensor(counts_of(step.batch, inputs), dtype=torch.float64) * real
         sums = torch.cat([sums, counts]).to(self.context.device)
         total, count, *counted = distributed.sum_over_workers(sums).tolist()
         self._check("loss", total, step)

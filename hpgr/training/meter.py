@@ -6,18 +6,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hpgr.model.inputs import round_up
+from hpgr.model.inputs import Inputs
 from hpgr.schema import Batch
 
 COUNTS = 4
 
 
-def counts_of(batch: Batch) -> list[float]:
-    """COUNTS numbers of a batch: rows, sessions, tokens (history events), and the places these are padded to."""
+def counts_of(batch: Batch, inputs: Inputs) -> list[float]:
+    """COUNTS numbers of a batch: rows, sessions, tokens (history events), and the places that these are padded to."""
     rows = np.repeat(np.arange(len(batch)), batch.h_lengths)
     starts = (np.diff(rows) != 0) | (np.diff(batch.h_session) != 0)
-    places = len(batch) * round_up(int(batch.h_lengths.max(initial=1)))
-    return [len(batch), len(rows) and 1 + int(starts.sum()), len(rows), places]
+    return [len(batch), len(rows) and 1 + int(starts.sum()), len(rows), inputs.h_item.numel()]
 
 
 @dataclass

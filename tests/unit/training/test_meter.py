@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from hpgr.training.loop import _duration
 from hpgr.training.meter import Meter, counts_of
@@ -19,10 +20,15 @@ def batch(lengths: list[int], session: list[int]) -> Any:
     return type("B", (), {"__len__": lambda _: len(lengths), **vars(own)})()
 
 
+def padded(rows: int, width: int) -> Any:
+    """What it reads of the batch's tensors."""
+    return SimpleNamespace(h_item=torch.zeros(rows, width))
+
+
 def test_sessions_are_counted_a_row_and_padding_as_the_model_sees_it() -> None:
     # Row 1 has sessions 0 and 1, row 2 none, row 3 session 1: alike to its neighbour's, and yet another.
-    assert counts_of(batch([3, 0, 17], [0, 0, 1, *[1] * 17])) == [3, 3, 20, 3 * 32]
-    assert counts_of(batch([0, 0], [])) == [2, 0, 0, 2 * 16]
+    assert counts_of(batch([3, 0, 17], [0, 0, 1, *[1] * 17]), padded(3, 24)) == [3, 3, 20, 3 * 24]
+    assert counts_of(batch([0, 0], []), padded(2, 1)) == [2, 0, 0, 2]
 
 
 def test_figures_are_ratios_of_sums_not_means_of_ratios() -> None:
