@@ -1,7 +1,7 @@
 """What a cluster can give, and what a run asks of it: arithmetic alone, so that every shape can be tried on paper.
 
-`auto` in the configuration's `resources` is settled here: workers one a GPU (without GPUs one a node), gpu where there
-are any, cpus_per_worker an equal share that leaves the data tasks room.
+`auto` in the configuration's `resources` is settled here: workers one a GPU (without GPUs one a node; of a trial or a
+cell one), gpu where there are any, cpus_per_worker an equal share that leaves the data tasks room.
 """
 
 from __future__ import annotations
@@ -111,12 +111,15 @@ def refuse_impossible(cluster: Cluster, ask: Ask) -> None:
     )
 
 
-def settled(resources: Resources, cluster: Cluster) -> Resources:
-    """Resources with `workers` and `gpu` decided for a cluster."""
+def settled(resources: Resources, cluster: Cluster, alone: bool = True) -> Resources:
+    """Resources with `workers` and `gpu` decided for a cluster, or, not `alone`, for one of many trials or cells on
+    it: side by side with a worker each they use it best."""
     gpu, workers = resources.gpu, resources.workers
     there = any(n.gpus >= 1 for n in cluster.reach)
     gpu = (there and workers != 0) if gpu == "auto" else gpu
-    if workers == "auto":
+    if workers == "auto" and not alone:
+        workers = 1
+    elif workers == "auto":
         # Of nodes that an autoscaler may or may not start only a GPU is a reason to take as many as there are.
         nodes = [n for n in (cluster.reach if gpu else cluster.nodes) if (n.gpus >= 1 if gpu else n.cpus >= 1)]
         workers = max(1, sum(n.count * (int(n.gpus) if gpu else 1) for n in nodes))

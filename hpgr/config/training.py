@@ -107,7 +107,8 @@ class Resources(Section):
     """What a run takes of the cluster; it changes no result. `auto` is settled when Ray is there, see hpgr.sizing."""
 
     workers: Natural | Auto = 1
-    """Ray Train workers; 0 trains inside the driver. auto: one a GPU, without GPUs one a node."""
+    """Ray Train workers; 0 trains inside the driver. auto: one a GPU, without GPUs one a node; a trial or a
+    cell has one."""
     gpu: bool | Auto = False
     """One GPU a worker, nccl and bf16 autocast. auto: where the cluster has some."""
     cpus_per_worker: Positive | Auto | None = None

@@ -31,7 +31,7 @@ from hpgr.on_ray.session import quieten
 from hpgr.on_ray.train import Crew, train_here, train_on_workers
 from hpgr.on_ray.trials import Place, cpus_of, demand, index_of, nested, run_of
 from hpgr.search.matrix import Cell
-from hpgr.training.two_stage import Run
+from hpgr.training.two_stage import Run, has_ended
 
 LOOK_EVERY_SECONDS = 0.5
 RECORD = "cell.json"
@@ -140,7 +140,7 @@ class Cells:
 
     def _is_computed_elsewhere(self, work: Work) -> bool:
         busy = any(other.stage1 == work.stage1 for other in self._running.values())
-        return bool(work.stage1) and busy and not Folder(work.place.stage1).exists(f"{work.stage1}/done.json")
+        return bool(work.stage1) and busy and not has_ended(Folder(work.place.stage1).sub(work.stage1))
 
     def _end(self, reference: Any, work: Work) -> None:
         try:

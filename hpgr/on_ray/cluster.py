@@ -51,11 +51,12 @@ def autoscales(nodes: tuple[Node, ...]) -> bool:
     return named or not any(n.cpus for n in nodes) or os.environ.get("RAY_ENABLE_AUTOSCALER") == "1"
 
 
-def settle(config: Config, cluster: Cluster, say: Callable[[str], None]) -> Config:
-    """The configuration with `auto` workers and GPUs decided, and told."""
-    resources = settled(config.resources, cluster)
+def settle(config: Config, cluster: Cluster, say: Callable[[str], None], of: str = "") -> Config:
+    """The configuration with `auto` workers and GPUs decided, and told: of a job, or `of` each trial or cell of one."""
+    resources = settled(config.resources, cluster, alone=not of)
     if resources != config.resources:
-        say(f"resources: auto is {resources.count} worker(s), {'a GPU each' if resources.on_gpu else 'no GPU'}")
+        each = f" of each {of}" if of else ""
+        say(f"resources: auto is {resources.count} worker(s){each}, {'a GPU each' if resources.on_gpu else 'no GPU'}")
     return config.model_copy(update={"resources": resources})
 
 

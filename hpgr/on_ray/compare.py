@@ -71,7 +71,7 @@ def _compare(request: CompareRequest, say: Say) -> tuple[dict[str, Any], Compare
     check_tracking(request.plan.base)
     plan, folder = open_comparison(request)
     with session(say):
-        plan = replace(plan, base=settle(plan.base, here(), say))
+        plan = replace(plan, base=settle(plan.base, here(), say, "cell"))
         job = _Comparison(plan, folder, say)
         with job.watched():
             job.tune()

@@ -26,6 +26,7 @@ from hpgr.on_ray.trials import DONE, FAILED
 from hpgr.report.trials import TrialRow
 from hpgr.search.space import Space
 from hpgr.search.study import Draw, Study
+from hpgr.training.two_stage import has_ended
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -78,7 +79,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         self._study, self._space, self._folder, self._clock, self._say = study, space, folder, clock, say
         self._waiting = deque(study.interrupted())
         self._running: dict[str, _Running] = {}
-        self._ready: set[str] = set()
+        self._settled: set[str] = set()
         self._exhausted = False
         self.failure: HpgrError | None = None
         """What ended a call from Tune: nothing more is served after it."""
@@ -99,7 +100,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         row = self._study.rows()[draw.number]
         self._running[trial_id] = _Running(draw, row.seconds)
         if row.started is None:
-            owns = bool(draw.stage1) and not self._is_ready(draw.stage1)
+            owns = bool(draw.stage1) and not self._is_settled(draw.stage1)
             self._study.note(draw.number, started=self._clock(), owns=owns)
         self._study.note(draw.number, phase="starting")
         return {
@@ -146,12 +147,12 @@ class StudySearcher(Searcher):  # type: ignore[misc]
 
     def _is_computed_elsewhere(self, draw: Draw) -> bool:
         busy = {r.draw.stage1 for r in self._running.values()}
-        return bool(draw.stage1) and draw.stage1 in busy and not self._is_ready(draw.stage1)
+        return bool(draw.stage1) and draw.stage1 in busy and not self._is_settled(draw.stage1)
 
-    def _is_ready(self, stage1: str) -> bool:
-        if stage1 not in self._ready and self._folder.exists(f"stage1/{stage1}/done.json"):
-            self._ready.add(stage1)
-        return stage1 in self._ready
+    def _is_settled(self, stage1: str) -> bool:
+        if stage1 not in self._settled and has_ended(self._folder.sub("stage1").sub(stage1)):
+            self._settled.add(stage1)
+        return stage1 in self._settled
 
     @_noted
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -186,7 +187,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         draw = running.draw
         kept: dict[str, Any] = {"stopped": self._clock(), "seconds": running.before + running.seconds, "phase": ""}
         row = self._study.rows()[draw.number]
-        if self._study.owns(draw.number) and self._is_ready(draw.stage1):
+        if self._study.owns(draw.number) and self._folder.exists(f"stage1/{draw.stage1}/done.json"):
             kept["stage1_seconds"] = self._folder.read_json(f"stage1/{draw.stage1}/done.json")["seconds"]
         stage = result.get("stage")
         if error:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -25,6 +26,7 @@ from hpgr.data.stream import build_index
 from hpgr.errors import ArtifactError, ConfigError, HpgrError, TrainingError
 from hpgr.locks import held
 from hpgr.on_ray.cluster import here, settle
+from hpgr.on_ray.leftovers import Leftovers
 from hpgr.on_ray.parallel import RayExecute
 from hpgr.on_ray.pipeline import Request, Say, changed_sections, prepared_log, two_stage, versions
 from hpgr.on_ray.searcher import Clock, StudySearcher, asha
@@ -71,10 +73,11 @@ def _search(request: SearchRequest, say: Say) -> tuple[dict[str, Any], SearchDat
     config, space, folder = open_search(request)
     check_tracking(config)
     with session(say):
-        config = settle(config, here(), say)
+        config = settle(config, here(), say, "trial")
         most = places(config, "trial", space.concurrency)
         study = Study(folder, space, config, lambda c: stage_key(c, prepared, "stage1"))  # asked for by draws alone
         clock = Clock(study.memory("seconds", 0.0), start)
+        leftovers = Leftovers(folder, study, clock)
         with _watched(study, clock) as watch:
             execute = RayExecute(say)
             prepared = prepared_log(config, execute, say)
@@ -83,10 +86,12 @@ def _search(request: SearchRequest, say: Say) -> tuple[dict[str, Any], SearchDat
                 build_index(prepared, config, index_of(config, place), name, execute)
             job = _Search(config, space, folder, study, clock, place, say)
             searcher = StudySearcher(study, space, folder, clock, say)
-            watch.board = partial(job.board, searcher)
+            watch.board, watch.clear = partial(job.board, searcher), leftovers.clear
             job.run(searcher, most)
             tested = job.promote()
-        return job.conclude(tested)
+        found = job.conclude(tested)
+        leftovers.clear_all()
+        return found
 
 
 def open_search(request: SearchRequest) -> tuple[Config, Space, Folder]:
@@ -227,6 +232,7 @@ class _Search:
                 storage_path=path,
                 storage_filesystem=None if self.folder.is_local else filesystem,
                 failure_config=ray.tune.FailureConfig(max_failures=self.config.resources.max_failures),
+                callbacks=[_Recoveries(self.say)],
                 verbose=0,
             ),
         )
@@ -278,7 +284,9 @@ class _Search:
             "nodes": [list(point) for point in data.nodes],
             "versions": versions(),
         }
-        self.folder.write("best.yaml", to_yaml(draw.config).encode())
+        # Resources as they were asked for: what `auto` is for a trial says nothing of a run of its own.
+        asked = {"resources": stored_config(self.folder.uri, ()).resources}
+        self.folder.write("best.yaml", to_yaml(draw.config.model_copy(update=asked)).encode())
         self.folder.write("report.html", render_search(data).encode())
         self.folder.write_json("search.json", result)
         record_search(self.config, self.folder, result, self.say)
@@ -333,6 +341,17 @@ class _Search:
         }
 
 
+class _Recoveries(ray.tune.Callback):  # type: ignore[misc]
+    """Tells in a line of trials that Tune starts anew, where it would print a traceback."""
+
+    def __init__(self, say: Say) -> None:
+        self._say = say
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        told = Path(trial.error_file).read_text(errors="replace").strip().rpartition("\n")[2]
+        self._say(f"trial {trial.config['number']}: interrupted ({told[:160]}), going on from its last checkpoint")
+
+
 @contextmanager
 def _watched(study: Study, clock: Clock) -> Iterator[_Watch]:
     """Keeps time, counts nodes and shows a table while the block runs."""
@@ -346,7 +365,8 @@ def _watched(study: Study, clock: Clock) -> Iterator[_Watch]:
 
 
 class _Watch(threading.Thread):
-    """Notes the time and the cluster's nodes, so that a search that is killed knows them; keeps a screen in view."""
+    """Notes the time and the cluster's nodes, so that a search that is killed knows them; clears up behind trials;
+    keeps a screen in view."""
 
     def __init__(self, study: Study, clock: Clock) -> None:
         super().__init__(daemon=True)
@@ -354,6 +374,7 @@ class _Watch(threading.Thread):
         self._shown = time.monotonic()
         self.board: Callable[[], str] | None = None
         """What to show, once there is something."""
+        self.clear: Callable[[], None] = lambda: None
 
     def run(self) -> None:
         """Until the search is over."""
@@ -361,6 +382,7 @@ class _Watch(threading.Thread):
             while not self._over.wait(LOOK_EVERY_SECONDS):
                 with suppress(*PASSING):
                     self._note()
+                    self.clear()
                     self._show(screen)
 
     def stop(self) -> None:

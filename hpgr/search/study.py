@@ -52,7 +52,18 @@ class Draw:
     @property
     def name(self) -> str:
         """Name of its folder: content-addressed, so that no trial can go on with another one's work."""
-        return f"{self.number:04d}-{self.key[:8]}"
+        return _folder_name(self.number, self.key)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A trial that no resume takes up again: its folder's `name`, the stage 1 it used ("" without one), when it
+    stopped, and whether it is the best or on the Pareto front. One that is neither will never be."""
+
+    name: str
+    stage1: str
+    stopped: float
+    may_win: bool
 
 
 class Study:
@@ -180,6 +191,16 @@ class Study:
         del self._known[draw.key]
         self.save()
 
+    def ended(self) -> list[Ended]:
+        """Trials that have ended for good, however they did."""
+        winners = {self.best(), *self.pareto()}
+        done = [t for t in self._trials() if t.state.is_finished() and _state(t) in ("finished", "pruned", "failed")]
+        return [
+            Ended(_folder_name(t.number, kept["key"]), kept["stage1"], kept.get("stopped", 0.0), t.number in winners)
+            for t in done
+            if (kept := t.user_attrs)
+        ]
+
     def rows(self) -> list[TrialRow]:
         """All draws in order."""
         return [self._row(trial) for trial in self._trials()]
@@ -302,6 +323,10 @@ class Study:
 
     def _attributes(self, number: int) -> dict[str, Any]:
         return self._storage.get_trial(self._id(number)).user_attrs
+
+
+def _folder_name(number: int, key: str) -> str:
+    return f"{number:04d}-{key[:8]}"
 
 
 def _state(trial: FrozenTrial) -> str:

@@ -52,6 +52,14 @@ def prune(folder: Folder, step: int, keep: int) -> None:
             folder.delete(name)
 
 
+def discard(folder: Folder, kept: str = "") -> None:
+    """Delete what a stage's folder holds for training alone: checkpoints, and weights but the file `kept`."""
+    folder.delete("checkpoints")
+    for name in folder.entries():
+        if name.startswith("best-") and name != kept:
+            folder.remove(name)
+
+
 def latest(
     folder: Folder, say: Callable[[str], None], check: Callable[[dict[str, Any]], None] = lambda _: None
 ) -> str | None:

@@ -19,7 +19,7 @@ from hpgr.config import Config, dump
 from hpgr.data.batches import mock_batch
 from hpgr.data.preparation import Prepared
 from hpgr.data.stream import Source, StreamSpec
-from hpgr.errors import ArtifactError
+from hpgr.errors import ArtifactError, TrainingError
 from hpgr.evaluation import click_scores, score, scoring_cost
 from hpgr.metrics import auc
 from hpgr.model.base import ClickModel
@@ -47,6 +47,8 @@ OF_OBJECTIVE = {"masked_item": ("sem",), "next_item": ("layers", "silu_on", "hst
 """Settings of the model that stage 1 has under one objective alone."""
 OF_MASKING = ("mask_ratio", "causal_share", "action_weight")
 """Settings of stage 1 that the objective next_item does not have."""
+_DONE, _FAILED = "done.json", "failed.json"
+"""How a stage ended, in its folder: its figures, or of a shared stage 1 the numerical error that ended it."""
 COST_STEPS = 4
 """Validation batches on which the cost of scoring is measured."""
 
@@ -174,14 +176,14 @@ def _finish(
 ) -> dict[str, Any]:
     """A stage's figures: trained and tested now, or as its folder has them."""
     folder, first = run.stage_folder(stage.name), distributed.rank() == 0
-    done = distributed.from_first(_done(folder) if first else None)
+    done = distributed.from_first(_known(folder, _DONE) if first else None)
     if done is None:
         start = time.monotonic()
-        progress = fit(stage, loop_context(run, worker, folder, stage.name))
+        progress = _fit_once(run, worker, stage)
         done = _figures(progress) | {"settings": stage_key(run.config, run.prepared, stage.name)}
         done["seconds"] += time.monotonic() - start - progress.seconds if progress.seconds else 0.0
         if first:
-            folder.write_json("done.json", done)
+            folder.write_json(_DONE, done)
     else:
         _check(done, run, stage.name)
         worker.say(f"{stage.name}: finished before, taking {folder.uri}/{done['best_file']}")
@@ -190,15 +192,40 @@ def _finish(
     if test is not None and "test" not in done:
         done["test"] = test()
         if first:
-            folder.write_json("done.json", done)
+            folder.write_json(_DONE, done)
     out["curves"] += done.pop("curve")
     out["seconds"] |= {stage.name: done.pop("seconds"), f"{stage.name}_waiting_for_data": done.pop("waited")}
     done.pop("settings")
     return done | {"parameters": sum(p.numel() for p in stage.model.parameters())}
 
 
-def _done(folder: Folder) -> dict[str, Any] | None:
-    return folder.read_json("done.json") if folder.exists("done.json") else None
+def has_ended(folder: Folder) -> bool:
+    """Whether nobody will train the stage of this folder any more: it is done, or it is shared and failed."""
+    return folder.exists(_DONE) or folder.exists(_FAILED)
+
+
+def _known(folder: Folder, name: str) -> dict[str, Any] | None:
+    return folder.read_json(name) if folder.exists(name) else None
+
+
+def _fit_once(run: Run, worker: Worker, stage: Stage) -> Progress:
+    """Train a stage. A shared one that fails by numerics is not begun again: the same computation would only repeat it,
+    for each run that shares it.
+
+    Raises:
+        TrainingError: as `fit`, or what it raised when another run came here.
+    """
+    folder, first = run.stage_folder(stage.name), distributed.rank() == 0
+    shared = folder == run.stage1
+    failed = distributed.from_first(_known(folder, _FAILED) if first and shared else None)
+    if failed is not None:
+        raise TrainingError(failed["error"])
+    try:
+        return fit(stage, loop_context(run, worker, folder, stage.name))
+    except TrainingError as error:
+        if first and shared and not error.goes_on:
+            folder.write_json(_FAILED, {"error": str(error)})
+        raise
 
 
 def _check(done: dict[str, Any], run: Run, stage: str) -> None:

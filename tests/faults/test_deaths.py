@@ -3,6 +3,7 @@ result is the undisturbed one."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -26,10 +27,13 @@ from helpers_faults import (
     prepare,
     ray_workers,
     raylets,
+    trials,
     tune,
     two_stage,
     wait_for,
 )
+
+from hpgr.config import load_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 ON_A_WORKER = ["resources.workers=1", "resources.cpus_per_worker=0.5"]
@@ -119,6 +123,38 @@ def test_a_node_dies_while_scoring(alone: Job, scored: Any, cluster: Raylets, tm
         kill_node(cluster, "ray::MapWorker", process)
         end(job, process)
     assert outcome(job) == scored
+
+
+@pytest.mark.slow
+def test_a_node_dies_under_a_search(cluster: Raylets, tmp_path: Path) -> None:
+    """With one of two trials at work. It goes on elsewhere from its last checkpoint, and the search needs no resume."""
+    longer = ["stage2.epochs=8", "stage2.patience=8", "space.budget.trials=3"]
+    job = tune(tmp_path, *longer, "resources.workers=auto", **cluster.environment)
+    with job.started() as process:
+        wait_for(lambda: len(in_the_middle(job)) == 2, 300, process)
+        running = in_the_middle(job)
+        kill_node(cluster, "ray::ImplicitFunc", process)
+        assert process.wait(400) == 0, job.said()[-6000:]
+    assert len(trials(job)) == 3
+    assert "auto is 1 worker(s) of each trial" in job.said(), "two nodes, and two trials at once"
+    assert load_config(job.folder / "best.yaml").resources.workers == "auto", "a run of its own may have both"
+    found = json.loads((job.folder / "search.json").read_text())
+    assert (found["trials"], found["trials_finished"]) == (3, 3)
+    assert [nodes for _, nodes, _ in found["nodes"]] == [2, 1]
+    logs = {path.parent.name: path.read_text() for path in job.folder.glob("trials/*/log.jsonl")}
+    again = [name for name, log in logs.items() if '"continuing from step-' in log]
+    assert len(again) == 1
+    assert set(again) <= running
+    assert f"trial {int(again[0].partition('-')[0])}: interrupted (" in job.said()
+    assert "Traceback" not in job.said()
+    ends = {name: log.count('"stage": "stage2", "text": "epoch 8 step ') for name, log in logs.items()}
+    assert set(ends.values()) == {1}, "none is trained twice to its end"
+
+
+def in_the_middle(job: Job) -> set[str]:
+    """Trials with a checkpoint of stage 2 to go on from, and a part of it to go."""
+    begun = {path.parents[3] for path in job.folder.glob("trials/*/stage2/checkpoints/*/checksums.json")}
+    return {trial.name for trial in begun if not (trial / "stage2/done.json").exists()}
 
 
 KINDS = ["prepare", "two_stage", "tune", "batch_score"]

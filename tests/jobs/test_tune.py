@@ -115,6 +115,15 @@ def test_no_configuration_was_trained_twice(finished: tuple[Path, str]) -> None:
     assert len(list(finished[0].glob("trials/*/stage2/done.json"))) == 5
 
 
+def test_only_what_may_be_asked_for_is_left(finished: tuple[Path, str]) -> None:
+    """The best trial's weights, and those of each stage 1: another trial may share it."""
+    best = Path(json.loads((finished[0] / "search.json").read_text())["best"]["run"])
+    assert not list(finished[0].rglob("checkpoints"))
+    assert [path.parent for path in finished[0].glob("trials/*/stage2/best-*")] == [best / "stage2"]
+    for stage1 in finished[0].glob("stage1/*"):
+        assert len(list(stage1.glob("best-*"))) == 1
+
+
 def test_the_study_can_be_read_by_optuna(finished: tuple[Path, str]) -> None:
     study = optuna.load_study(study_name="tiny", storage=f"sqlite:///{finished[0]}/study.db")
     best = json.loads((finished[0] / "search.json").read_text())["best"]

@@ -18,11 +18,13 @@ from hpgr.artifacts import Folder
 from hpgr.config import Config, dump, validate
 from hpgr.errors import ArtifactError, ConfigError, DataError, HpgrError, StoreError, TrainingError, WorkersLostError
 from hpgr.on_ray import cells, trials, tune
+from hpgr.on_ray.cluster import settle
 from hpgr.on_ray.searcher import Clock, StudySearcher
 from hpgr.on_ray.trials import Place
 from hpgr.on_ray.tune import SearchRequest, open_search, stored_config, stored_space
 from hpgr.search.space import Space, load_space, parse_space
 from hpgr.search.study import Study
+from hpgr.sizing import Cluster, Node
 
 PLACE = Place("prepared", "stage1", "index")
 
@@ -201,3 +203,33 @@ def test_a_cell_that_lost_its_workers_is_no_result(tmp_path: Path, monkeypatch: 
     with pytest.raises(WorkersLostError):
         cells._train_cell(settings, str(tmp_path), PLACE, None, "key")
     assert not (tmp_path / cells.RECORD).exists()
+
+
+def test_no_cell_waits_for_a_stage_1_that_has_ended(tmp_path: Path) -> None:
+    shared, job = Folder(str(tmp_path)), cells.Cells.__new__(cells.Cells)
+    work = cast("cells.Work", SimpleNamespace(stage1="key", place=Place("", shared.uri, "")))
+    job._running = {}
+    assert not job._is_computed_elsewhere(work)
+    job._running = {"reference": work}
+    assert job._is_computed_elsewhere(work)
+    shared.write_json("key/failed.json", {"error": "the loss is nan"})
+    assert not job._is_computed_elsewhere(work)
+
+
+@pytest.mark.parametrize(("of", "workers", "told"), [("", 2, "2 worker(s), a"), ("trial", 1, "1 worker(s) of each t")])
+def test_auto_workers_are_settled_for_a_job_or_for_each_of_many(of: str, workers: int, told: str) -> None:
+    said = list[str]()
+    auto = validate({"resources": {"workers": "auto", "gpu": "auto"}})
+    settled = settle(auto, Cluster((Node(8, 2),)), said.append, of).resources
+    assert (settled.count, settled.on_gpu) == (workers, True)
+    assert told in said[0]
+
+
+def test_a_trial_that_tune_starts_anew_is_told_in_a_line(tmp_path: Path) -> None:
+    said = list[str]()
+    (tmp_path / "error.txt").write_text("Failure # 1\nTraceback ...\nhpgr.errors.StoreError: the store is away\n")
+    trial = SimpleNamespace(error_file=str(tmp_path / "error.txt"), config={"number": 3})
+    tune._Recoveries(said.append).on_trial_recover(1, [], trial)
+    assert said == [
+        "trial 3: interrupted (hpgr.errors.StoreError: the store is away), going on from its last checkpoint"
+    ]

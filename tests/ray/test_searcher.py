@@ -88,6 +88,22 @@ def test_a_trial_waits_only_as_long_as_it_must(tmp_path: Path) -> None:
     assert bench.start() is not None
 
 
+def test_no_trial_waits_for_a_stage_1_that_has_failed(tmp_path: Path) -> None:
+    grid = {TOP_K: {"choice": [4, 8, 16, 32]}}
+    bench = Bench(tmp_path, parse_space({"parameters": grid, "budget": {"trials": 4}}))
+    first = bench.start()
+    assert first is not None
+    bench.folder.write_json(f"stage1/{first[1]['stage1']}/failed.json", {"error": "the loss is nan"})
+    others = [bench.start() for _ in range(3)]
+    for trial in (first, *others):
+        assert trial is not None
+        told = {"stage": "failed", "error": "the loss is nan", "seconds": 2.0}
+        bench.searcher.on_trial_complete(trial[0], told)
+    assert [(row.state, row.stage1_seconds) for row in bench.study.rows() if row.state not in VOID] == [
+        ("failed", 0)
+    ] * 4
+
+
 def test_finished_is_said_when_the_budget_is_used_and_nothing_waits(tmp_path: Path) -> None:
     bench = Bench(tmp_path, space(budget={"trials": 2}))
     for _ in range(2):

@@ -56,6 +56,13 @@ def test_auto_without_gpus_is_one_worker_a_node_and_as_configured_otherwise() ->
     assert settled(resources(workers=0, gpu="auto"), EIGHT_GPUS).on_gpu is False, "the driver trains on its CPU"
 
 
+@pytest.mark.parametrize(("name", "gpu"), [("laptop", False), ("8 GPUs", True), ("mixed", True), ("asleep", True)])
+def test_auto_is_one_worker_of_a_trial_or_cell(name: str, gpu: bool) -> None:
+    found = settled(auto(), CLUSTERS[name], alone=False)
+    assert (found.count, found.on_gpu) == (1, gpu)
+    assert settled(resources(workers=3), CLUSTERS[name], alone=False).count == 3
+
+
 def test_the_former_keys_mean_what_they_meant() -> None:
     assert cpus_per_worker(resources(workers=2, cpus_per_worker=1.5), LAPTOP) == 1.5
     assert cpus_per_worker(resources(workers=1), LAPTOP) == 1.0

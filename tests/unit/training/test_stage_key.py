@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_model import log_config, make_run, worker
+from helpers_model import CountingSource, FailingSource, Interrupted, log_config, make_run, worker
 
 from hpgr.config import Config, dump, validate
+from hpgr.errors import TrainingError
 from hpgr.model.base import ItemModel
 from hpgr.search.space import placed
 from hpgr.training.loop import fit
-from hpgr.training.two_stage import Run, item_stage, loop_context, stage_key, train
+from hpgr.training.two_stage import Run, has_ended, item_stage, loop_context, stage_key, train
 
 FREE = {
     "model.name": "mtgr",
@@ -124,6 +125,37 @@ def test_a_shared_stage_1_gives_the_run_it_would_have_had(config: Config, tmp_pa
     expected = train(alone, worker())
     assert found["stage2"]["validation"] == expected["stage2"]["validation"]
     assert found["stage2"]["cost"] == expected["stage2"]["cost"]
+
+
+def test_a_shared_stage_1_that_fails_is_not_begun_again_by_those_who_share_it(config: Config, tmp_path: Path) -> None:
+    diverging = changed(config, {"stage1.optimiser.lr": 1e30, "stage1.optimiser.warmup_steps": 0})
+    first = make_run(diverging, tmp_path / "first")
+    second = make_run(changed(diverging, {"model.pgsa.top_k": 1}), tmp_path / "second")
+    shared = first.folder.sub("shared")
+    errors = []
+    for run, source in ((first, CountingSource()), (second, counted := CountingSource())):
+        sharing = Run(run.config, run.folder, run.prepared, shared, run.index_folder)
+        assert has_ended(shared) == (run is second)
+        with pytest.raises(TrainingError, match=r"stage1: .* is (nan|inf)") as caught:
+            train(sharing, worker(source), test=False)
+        errors.append(str(caught.value))
+    assert counted.given == []  # type: ignore[attr-defined]
+    assert errors[0] == errors[1]
+    assert not shared.exists("done.json")
+    with pytest.raises(TrainingError):
+        train(first, worker(), test=False)
+    assert not first.folder.exists("stage1/failed.json"), "a stage of its own goes on from its checkpoint"
+
+
+def test_a_shared_stage_1_that_was_interrupted_goes_on(config: Config, tmp_path: Path) -> None:
+    run = make_run(config, tmp_path)
+    shared = run.folder.sub("shared")
+    run = Run(config, run.folder, run.prepared, shared, run.index_folder)
+    with pytest.raises(Interrupted):
+        train(run, worker(FailingSource(1)), test=False)
+    assert not has_ended(shared)
+    train(run, worker(), test=False)
+    assert has_ended(shared)
 
 
 def test_the_test_split_is_read_when_it_is_asked_for(config: Config, tmp_path: Path) -> None:
