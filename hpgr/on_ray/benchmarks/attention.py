@@ -5,7 +5,8 @@ of keys. `ratios` compares what `pgsa.impl: auto` runs with dense attention as t
 the gather at every length, and `ratios_over_tiled_dense` takes a harder
 baseline: dense attention in causal tiles of queries that are computed again for gradients, half the work in little
 memory. A step holds as many events whatever their length, as a training batch does, so short histories come several at
-a time. Peak memory is that of a process that runs one step, beyond what it held before.
+a time. Peak memory is that of a fresh process during one step, above what it held right before: imports, a small step
+that loads what is loaded once, the model and its input are made by then, and their peaks are forgotten.
 
 On a GPU the step is in bf16 (autocast) and the baseline a fused dense kernel without the bias, `dense_kernel`; maps in
 memory (`dense`) are measured as far as they fit. `parts` are the milliseconds of one layer's kernels and of the choice,
@@ -19,6 +20,7 @@ measure: take `--threads 1` there, and read the ratios of processor time.
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import multiprocessing
 import os
@@ -254,24 +256,31 @@ def turns(case: Case, rounds: int) -> tuple[dict[str, dict[str, float]], dict[st
 
 
 def apart(case: Case, way: str) -> float:
-    """Peak memory of a step in a process of its own, in MB beyond what it held before."""
+    """Peak memory of a step in a fresh process, in MB above what it held right before."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(peak_mb, case, way).result()
 
 
 def peak_mb(case: Case, way: str) -> float:
-    """Peak memory of one step, in MB; a smaller step before it loads what is loaded once."""
+    """Peak memory of one step, in MB above what is held right before; a tiny step first loads what is loaded once."""
     replace(case, n=64, rows=1).build()(way)
     step = case.build()
+    gc.collect()
     if case.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step(way)
         return (torch.cuda.max_memory_allocated() - before) / 1e6
+    forget_peak()
     before = resident("VmRSS")
     step(way)
     return (resident("VmHWM") - before) / 1e6
+
+
+def forget_peak() -> None:
+    """From here on VmHWM is the greatest of what comes, not of imports or of steps before. Linux."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def resident(name: str) -> int:

@@ -3,10 +3,14 @@
 All train the flat HSTU, left to right, whole epochs with their own data loading, in turns on the same threads; width,
 heads, layers, dropout, history length and events a step are one configuration's. An event is one predicted item:
 hpgr predicts every event of the training history, the peers those of a user's last `window`. Padding is not counted.
-Losses differ as the libraries do: hpgr draws `stage1.negatives` items a step by popularity (logQ corrected), RecTools
-as many for every event, uniformly; torch-rechub has no sampled loss and takes its softmax over the whole catalogue.
 
-RecTools needs numpy below 2, so peers want an environment of their own: `pip install 'hpgr[step-peers]'`.
+Losses differ as the libraries do, so hpgr trains in two ways. `hpgr` draws `stage1.negatives` items a step by
+popularity (logQ corrected); RecTools draws as many for every event, uniformly. `hpgr_full_softmax` takes the softmax
+over the whole catalogue, as torch-rechub does, which has no sampled loss. `ratios` hold each peer against the way of
+its kind, which `like_for_like` names; `ratios_of_other_losses` hold it against the other one.
+
+Without --log all train on views of the generated log, about as many a user and of as many items as ml-1m has.
+RecTools needs numpy below 2, so peers want an environment of their own: `pip install '.[step-peers]'`.
 """
 
 from __future__ import annotations
@@ -26,14 +30,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+from pyarrow import fs
 
 from hpgr.artifacts import Folder
-from hpgr.config import Config, load_config
+from hpgr.config import Config, Synthetic, load_config
 from hpgr.data.preparation import in_process, prepare
 from hpgr.data.stream import LocalSource, build_index
+from hpgr.data.synthetic import write_log
 from hpgr.on_ray.benchmarks import machine, peers_of, spread
 from hpgr.on_ray.session import ROOT
 from hpgr.training.loop import fit
@@ -43,18 +50,24 @@ Say = Callable[[str], None]
 Epoch = Callable[[], tuple[int, float]]
 """Trains one epoch; its events and seconds."""
 CONFIG = ROOT / "jobs/configs/ml-1m-next-item.yaml"
-SIZE = ["stage1.epochs=1", "stage1.negatives=128", "stage1.full_softmax_items=0", "model.layers=2",
-        "evaluation.next_item_users=64"]  # fmt: skip
-PEERS = {"rectools": "rectools", "rechub": "torch_rechub"}
-"""Modules by name."""
+SIZE = ["stage1.epochs=1", "stage1.negatives=128", "model.layers=2", "evaluation.next_item_users=64"]
+OWN = {"hpgr": "stage1.full_softmax_items=0", "hpgr_full_softmax": "stage1.full_softmax_items=1000000000"}
+"""Our ways, with what makes the loss theirs."""
+PEERS = {"rectools": ("rectools", "pytorch_lightning"), "rechub": ("torch_rechub",)}
+"""Modules by name; the first is the package."""
+LIKE = {"rectools": "hpgr", "rechub": "hpgr_full_softmax"}
+"""Our way whose loss is of a peer's kind."""
+AS_ML_1M = {"items": 3700, "sessions": 23, "impressions": 1}
+"""Of the generated log: 161 views a user."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """What is trained on, and how often."""
-    parser.add_argument("--log", required=True, help="a log with the columns of jobs/configs/ml-1m-next-item.yaml")
-    parser.add_argument("--users", type=int, default=1500, help="users taken from it, the first by id")
-    parser.add_argument("--rounds", type=int, default=5, help="epochs of each way; one more warms up")
-    parser.add_argument("--peers", default=",".join(PEERS), help="which of rectools and rechub")
+    parser.add_argument("--log", help="with the columns of jobs/configs/ml-1m-next-item.yaml (generated)")
+    parser.add_argument("--users", type=int, default=1500, help="taken from it, the first by id (1500: some 6 minutes)")
+    parser.add_argument("--rounds", type=int, default=3, help="epochs of each way; one more warms up (3)")
+    parser.add_argument("--peers", default=",".join(PEERS),
+                        help="which of rectools and rechub; one that is not installed is left out")  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="overrides of the configuration")
 
@@ -63,14 +76,17 @@ def run(options: argparse.Namespace, say: Say) -> dict[str, Any]:
     """Train epochs of each way in turns; returns the figures.
 
     Raises:
-        ConfigError: a peer is not installed.
+        ConfigError: a peer is unknown.
     """
-    peers = peers_of(options.peers, PEERS, "step-peers")
-    rates: dict[str, list[float]] = {way: [] for way in ("hpgr", *peers)}
+    peers, left_out = peers_of(options.peers, PEERS, "step-peers", say)
+    rates: dict[str, list[float]] = {way: [] for way in (*OWN, *peers)}
     events = {}
-    with tempfile.TemporaryDirectory(prefix="hpgr-benchmark-") as folder:
-        config, log = small_log(options, Path(folder))
-        epochs = {"hpgr": hpgr(config, Path(folder), options.device)}
+    with tempfile.TemporaryDirectory(prefix="hpgr-benchmark-") as name:
+        folder = Path(name)
+        settings, log = small_log(options, folder)
+        configs = {way: load_config(CONFIG, [*settings, loss]) for way, loss in OWN.items()}
+        config = configs["hpgr"]
+        epochs = {way: hpgr(own, folder, way, options.device) for way, own in configs.items()}
         epochs |= {name: {"rectools": rectools, "rechub": rechub}[name](config, log, options.device) for name in peers}
         for turn in range(options.rounds + 1):
             for way, epoch in epochs.items():
@@ -80,34 +96,58 @@ def run(options: argparse.Namespace, say: Say) -> dict[str, Any]:
                 say(f"step: {way}: {events[way]:,} events in {seconds:.1f} s{'' if turn else ', to warm up'}")
     speeds = {way: spread(values) for way, values in rates.items()}
     return {
-        "ratios": {f"over_{name}": speeds["hpgr"]["median"] / speeds[name]["median"] for name in peers},
+        "ratios": {f"over_{peer}": over(speeds, LIKE[peer], peer) for peer in peers},
+        "like_for_like": {peer: LIKE[peer] for peer in peers},
+        "ratios_of_other_losses": {f"{way}_over_{peer}": over(speeds, way, peer)
+                                   for peer in peers for way in OWN if way != LIKE[peer]},
         "events_per_second": speeds,
         "events": events,
-        "settings": {"users": options.users, "rounds": options.rounds, "device": options.device,
-                     "width": config.model.width, "heads": config.model.heads, "layers": config.model.layers,
-                     "window": config.stream.window, "batch_tokens": config.stream.batch_tokens,
-                     "negatives": config.stage1.negatives},
-        "machine": machine() | {"threads": torch.get_num_threads()},
+        "losses": {way: text for way, text in losses(config.stage1.negatives).items() if way in speeds},
+        "left_out": left_out,
+        "settings": {"log": options.log or "generated", "users": options.users, "rounds": options.rounds,
+                     "device": options.device, "width": config.model.width, "heads": config.model.heads,
+                     "layers": config.model.layers, "window": config.stream.window,
+                     "batch_tokens": config.stream.batch_tokens, "threads": torch.get_num_threads()},
+        "machine": machine(*(PEERS[peer][0] for peer in peers)),
     }  # fmt: skip
 
 
-def small_log(options: argparse.Namespace, folder: Path) -> tuple[Config, pd.DataFrame]:
-    """The configuration on the first users' events, and those that all ways train on, in time order by user: without
-    each user's last two, which hpgr's split leaves out of training."""
-    overrides = [*SIZE, *options.set, f"data.path={folder}/log.parquet", f"data.prepared={folder}/prepared"]
-    config = load_config(CONFIG, overrides)
-    names = config.data.columns
-    table = pq.read_table(options.log)
+def over(speeds: dict[str, dict[str, float]], way: str, baseline: str) -> float:
+    """How many times the baseline's events a way trains in a second."""
+    return speeds[way]["median"] / speeds[baseline]["median"]
+
+
+def losses(negatives: int) -> dict[str, str]:
+    """What each way trains by."""
+    whole = "softmax over the catalogue"
+    return {"hpgr": f"{negatives} negatives a step", "hpgr_full_softmax": whole,
+            "rectools": f"{negatives} negatives an event", "rechub": whole}  # fmt: skip
+
+
+def small_log(options: argparse.Namespace, folder: Path) -> tuple[list[str], pd.DataFrame]:
+    """Overrides of the configuration by which it reads the first users' events, and those that all ways train on, in
+    time order by user: without each user's last two, which hpgr's split leaves out of training."""
+    settings = [*SIZE, *options.set, f"data.path={folder}/log.parquet", f"data.prepared={folder}/prepared"]
+    names = load_config(CONFIG, settings).data.columns
+    table = pq.read_table(options.log) if options.log else generated(options.users, folder)
     users = pc.unique(table.column(names.user)).sort()[: options.users]
     table = table.filter(pc.is_in(table.column(names.user), users))
     pq.write_table(table, folder / "log.parquet")
     log = table.select([names.user, names.item, names.time]).rename_columns(["user_id", "item_id", "time"]).to_pandas()
     log = log.sort_values(["user_id", "time"], kind="stable", ignore_index=True)
     from_end = log.groupby("user_id").cumcount(ascending=False)
-    return config, log[from_end >= 2]
+    return settings, log[from_end >= 2]
 
 
-def hpgr(config: Config, folder: Path, device: str) -> Epoch:
+def generated(users: int, folder: Path) -> pa.Table:
+    """Views of the generated log, rated 1 to 5 in turn, which next-item training does not ask about."""
+    files = write_log(Synthetic(users=users, **AS_ML_1M), str(folder / "generated"), fs.LocalFileSystem())
+    table = pa.concat_tables(map(pq.read_table, files))
+    table = table.filter(pc.equal(table.column("event"), "view")).select(["user_id", "item_id", "timestamp"])
+    return table.append_column("rating", pa.array(1 + np.arange(table.num_rows) % 5))
+
+
+def hpgr(config: Config, folder: Path, way: str, device: str) -> Epoch:
     """Stage 1 as a job trains it, without Ray: steps with their data, not validation."""
     prepared, index = prepare(config, in_process, _nothing), Folder(str(folder / "index"))
     for name in ("masked", "next_item-validation"):
@@ -116,7 +156,7 @@ def hpgr(config: Config, folder: Path, device: str) -> Epoch:
 
     def epoch() -> tuple[int, float]:
         """From new weights, in a folder of its own."""
-        place = Run(config, Folder(str(folder / f"run-{next(turns)}")), prepared, index=index)
+        place = Run(config, Folder(str(folder / f"{way}-{next(turns)}")), prepared, index=index)
         silent = Worker(LocalSource(), torch.device(device), _nothing, _nothing, _nothing)
         be_deterministic(config.seed, silent.device)
         stage = item_stage(place, prepared.folder.read_parquet("vocabulary.parquet"))
