@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 def attend(
@@ -65,3 +68,11 @@ def _scores(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
         return q @ k.transpose(-1, -2) + bias
     flat = torch.baddbmm(bias.flatten(0, 1), q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
     return flat.view(bias.shape)
+
+
+def recomputed(attention: Callable[..., Tensor], wanted: bool) -> Callable[..., Tensor]:
+    """Attention whose maps are, if wanted, let go after the forward pass and made again for gradients: the same bits
+    for more time. It must not draw anything."""
+    if not wanted or not torch.is_grad_enabled():
+        return attention
+    return partial(checkpoint, attention, use_reentrant=False, preserve_rng_state=False)

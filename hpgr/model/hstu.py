@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpgr.config import Model
-from hpgr.model.attention import attend, attention_shares
+from hpgr.model.attention import attend, attention_shares, recomputed
 from hpgr.model.gather import Links, attend_kept
 from hpgr.model.noise import Dropout, Noise
 from hpgr.model.relation import Pairs, Relation
@@ -73,6 +73,7 @@ class HstuLayer(nn.Module):
         self.heads, self.silu_all = config.heads, config.silu_on == "uvqk" or research
         self.gain = math.sqrt(config.width // config.heads) if research else 1.0
         self.divisor = window if research else None
+        self.recompute = config.recompute
         self.norm, self.norm_out = _norm(config.width, research), _norm(config.width, research)
         self.project = nn.Linear(config.width, 4 * config.width, bias=not research)
         self.out = nn.Linear(config.width, config.width)
@@ -98,20 +99,24 @@ class HstuLayer(nn.Module):
     ) -> Tensor:
         """One residual step of a stream's tokens [B, Q, D], reading the history's keys and values."""
         u, v, q, k = uvqk
-        if r.pairs is None:
-            from hpgr.model.fused import attend_fused  # needs triton
-
-            assert isinstance(r.weights, Links)
-            mixed = attend_fused(q, *history_kv, (k, v), self.bias, r.weights)
-        elif isinstance(r.weights, Links):
-            mixed = attend_kept(q, *history_kv, (k, v), self.bias(r.pairs), self.bias.own, r.weights)
-        else:
-            mixed = attend(q, *history_kv, (k, v), self.bias(r.pairs), self.bias.own, r.weights)
+        mixed = recomputed(self._mixed, self.recompute)(q, history_kv, (k, v), r)
         if self.divisor is not None:
             kept = r.weights.weight if isinstance(r.weights, Links) else r.weights
             mixed = mixed * ((1 + kept.sum(-1)) / self.divisor)[:, None, :, None]
         mixed = self.norm_out(mixed.transpose(1, 2).flatten(2)) * u
         return x + self.dropout(self.out(mixed), noise, stream)
+
+    def _mixed(self, q: Tensor, history_kv: KeyValue, own: KeyValue, r: Relation) -> Tensor:
+        """Attention of queries [B, H, Q, E] with keys and values of their own, in the form that the relation is in."""
+        if r.pairs is None:
+            from hpgr.model.fused import attend_fused  # needs triton
+
+            assert isinstance(r.weights, Links)
+            return attend_fused(q, *history_kv, own, self.bias, r.weights)
+        bias = self.bias(r.pairs)
+        if isinstance(r.weights, Links):
+            return attend_kept(q, *history_kv, own, bias, self.bias.own, r.weights)
+        return attend(q, *history_kv, own, bias, self.bias.own, r.weights)
 
     def shares(self, uvqk: tuple[Tensor, ...], history_kv: KeyValue, r: Relation) -> Tensor:
         """Share of each history event in a query's attention, mean over heads: [B, Q, N]."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpgr.config import Model
+from hpgr.model.attention import recomputed
 from hpgr.model.inputs import LANES, Inputs, round_up
 from hpgr.model.noise import Dropout, Noise
 
@@ -29,9 +30,10 @@ Mix = Callable[[Tensor], Tensor]
 class Block(nn.Module):
     """Pre-norm Transformer block."""
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    def __init__(self, config: Model) -> None:
         super().__init__()
-        self.heads = heads
+        width, dropout = config.width, config.sem.dropout
+        self.heads, self.recompute = config.heads, config.recompute
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
@@ -40,7 +42,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, mix: Mix, noise: Noise | None, stream: int) -> Tensor:
         """[B, T, D] -> [B, T, D]; `mix` knows who sees whom."""
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
-        x = x + self.drop1(self.out(mix(qkv)), noise, stream)
+        x = x + self.drop1(self.out(recomputed(mix, self.recompute)(qkv)), noise, stream)
         return x + self.drop2(self.mlp(self.norm2(x)), noise, stream)
 
 
@@ -81,8 +83,7 @@ class Sem(nn.Module):
         self.position = nn.Embedding(SESSION_POSITIONS, width)
         nn.init.normal_(self.position.weight, std=0.02)
         self.intra, self.inter = (
-            nn.ModuleList(Block(width, config.heads, sem.dropout) for _ in range(layers))
-            for layers in (sem.intra_layers, sem.inter_layers)
+            nn.ModuleList(Block(config) for _ in range(layers)) for layers in (sem.intra_layers, sem.inter_layers)
         )
         self.norm = nn.LayerNorm(width)
         self.back = nn.Linear(width, width)

@@ -240,6 +240,7 @@ def stage_key(config: Config, prepared: Prepared, stage: str) -> str:
     settings = dump(config)
     names = ("seed", "stream", "model", "stage1", "evaluation", "stage2")
     chosen = {name: settings[name] for name in names}
+    chosen["model"].pop("recompute")  # it changes no result
     if stage == "stage1":
         del chosen["stage2"]
         chosen["stream"].pop("stride")
