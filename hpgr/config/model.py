@@ -78,9 +78,6 @@ class Model(Section):
     """Form of HSTU's layers (hstu, hpgr): `research` is the authors' published research code (see HstuLayer)."""
     time_buckets: Annotated[int, Field(ge=4, le=64)] = 40
     """Buckets of log2 time differences."""
-    recompute: bool = False
-    """Attention's maps are let go and made again for gradients, for long histories that do not fit in memory otherwise.
-    It changes no result and takes longer."""
     match_features: bool = True
     """Candidates carry how often and how recently the user engaged with them (visible past only)."""
     sem: Sem = Sem()

@@ -119,6 +119,9 @@ class Resources(Section):
     """CPUs a data task reserves."""
     scoring: Scoring = Scoring()
     """Pool of jobs/batch_score.py."""
+    recompute: bool = False
+    """Let attention's maps go and make them again for gradients, for long histories that do not fit in memory
+    otherwise. Training takes longer."""
     wait_minutes: Annotated[float, Field(ge=0)] = 30
     """How long to wait for what the cluster may give but has not free, before giving up."""
     max_failures: Natural = 2

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -68,6 +68,13 @@ def _scores(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
         return q @ k.transpose(-1, -2) + bias
     flat = torch.baddbmm(bias.flatten(0, 1), q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
     return flat.view(bias.shape)
+
+
+def recompute_attention(model: nn.Module) -> None:
+    """Have a model's attention modules let their maps go and make them again for gradients (`resources.recompute`)."""
+    for module in model.modules():
+        if hasattr(module, "recompute"):
+            setattr(module, "recompute", True)  # noqa: B010 - to mypy a module's attributes are tensors
 
 
 def recomputed(attention: Callable[..., Tensor], wanted: bool) -> Callable[..., Tensor]:

@@ -73,7 +73,7 @@ class HstuLayer(nn.Module):
         self.heads, self.silu_all = config.heads, config.silu_on == "uvqk" or research
         self.gain = math.sqrt(config.width // config.heads) if research else 1.0
         self.divisor = window if research else None
-        self.recompute = config.recompute
+        self.recompute = False
         self.norm, self.norm_out = _norm(config.width, research), _norm(config.width, research)
         self.project = nn.Linear(config.width, 4 * config.width, bias=not research)
         self.out = nn.Linear(config.width, config.width)

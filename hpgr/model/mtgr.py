@@ -52,7 +52,7 @@ class MtgrBlock(nn.Module):
     def __init__(self, config: Model, window: int) -> None:
         super().__init__()
         width, hidden = config.width, config.mtgr.mlp_ratio * config.width
-        self.heads, self.recompute = config.heads, config.recompute
+        self.heads, self.recompute = config.heads, False
         self.norm, self.norm_out = GroupLayerNorm(3, width), GroupLayerNorm(3, width)
         self.project = nn.Linear(width, 4 * width)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, width))

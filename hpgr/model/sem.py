@@ -33,7 +33,7 @@ class Block(nn.Module):
     def __init__(self, config: Model) -> None:
         super().__init__()
         width, dropout = config.width, config.sem.dropout
-        self.heads, self.recompute = config.heads, config.recompute
+        self.heads, self.recompute = config.heads, False
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))

@@ -17,6 +17,7 @@ from hpgr.config import Checkpoints
 from hpgr.data.hashing import combine
 from hpgr.data.stream import Source, Step
 from hpgr.errors import TrainingError
+from hpgr.model.attention import recompute_attention
 from hpgr.model.inputs import Inputs, pad
 from hpgr.model.noise import Noise
 from hpgr.schema import Batch
@@ -36,13 +37,14 @@ after so many seconds in any case."""
 class Context:
     """Where and how a stage runs. `say` prints progress, `report` hands validation figures to Ray Train,
     `log` writes scalars (TensorBoard); `row_places` bounds tokens * width of a row, `mock` makes the
-    heaviest batch."""
+    heaviest batch, `recompute` lets attention's maps go until gradients want them."""
 
     folder: Folder
     source: Source
     device: torch.device
     seed: int
     checkpoints: Checkpoints
+    recompute: bool
     row_places: int
     mock: Callable[[], Batch]
     say: Callable[[str], None]
@@ -93,6 +95,8 @@ class _Loop:
     def __init__(self, stage: Stage, context: Context) -> None:
         self.stage, self.context = stage, context
         self.model = stage.model.to(context.device)
+        if context.recompute:
+            recompute_attention(self.model)
         self.optimiser = make_optimiser(self.model, stage.optimiser, stage.lr_shares)
         self.steps = sum(len(group.batches) for group in stage.stream.plan(0))
         self.schedule = make_schedule(self.optimiser, stage.optimiser, stage.epochs * self.steps)

@@ -25,7 +25,7 @@ from hpgr.metrics import auc
 from hpgr.model.base import ClickModel
 from hpgr.model.embedding import Sizes
 from hpgr.model.inputs import round_up
-from hpgr.model.relation import check_triton
+from hpgr.model.relation import check_triton, lacking
 from hpgr.schema import FEATURE_PREFIX
 from hpgr.training import checkpoint, distributed
 from hpgr.training.loop import Context, Progress, fit
@@ -129,8 +129,8 @@ def train(run: Run, worker: Worker, test: bool = True) -> dict[str, Any]:
     be_deterministic(run.config.seed, worker.device)
     worker = replace(worker, say=worker.say if distributed.rank() == 0 else lambda _: None)
     items = run.prepared.folder.read_parquet("vocabulary.parquet")
-    if run.config.stage2.enabled and run.config.model.sparse and run.config.model.pgsa.impl == "triton":
-        check_triton(worker.device)  # before stage 1 takes its time
+    if run.config.stage2.enabled and run.config.model.sparse:
+        tell_of_triton(run.config.model.pgsa.impl, worker)  # before stage 1 takes its time
     out: dict[str, Any] = {"curves": [], "seconds": {}}
     stage1: ItemStage | None = None
     if run.config.stage1.enabled:
@@ -140,6 +140,16 @@ def train(run: Run, worker: Worker, test: bool = True) -> dict[str, Any]:
     if run.config.stage2.enabled:
         out |= _clicks(run, worker, stage1, items, out, test)
     return out
+
+
+def tell_of_triton(impl: str, worker: Worker) -> None:
+    """Refuse what cannot be, and tell what `auto` goes without."""
+    if impl == "triton":
+        check_triton(worker.device)
+    missing = lacking(worker.device) if worker.device.type == "cuda" and impl == "auto" else ""
+    if missing:
+        worker.say(f"stage2: no {missing}, so model.pgsa.impl auto attends on whole maps here, whose memory grows "
+                   "with the square of histories; pip install 'hpgr[triton]' and a C compiler would help")  # fmt: skip
 
 
 def be_deterministic(seed: int, device: torch.device) -> None:
@@ -240,7 +250,6 @@ def stage_key(config: Config, prepared: Prepared, stage: str) -> str:
     settings = dump(config)
     names = ("seed", "stream", "model", "stage1", "evaluation", "stage2")
     chosen = {name: settings[name] for name in names}
-    chosen["model"].pop("recompute")  # it changes no result
     if stage == "stage1":
         del chosen["stage2"]
         chosen["stream"].pop("stride")
@@ -284,6 +293,7 @@ def loop_context(run: Run, worker: Worker, folder: Folder, stage: str) -> Contex
         device=worker.device,
         seed=config.seed,
         checkpoints=config.checkpoints,
+        recompute=config.resources.recompute,
         row_places=round_up(window) * config.model.width,
         mock=partial(mock_batch, rows, window, targets, widths, sizes.first_item, config.stage1.mask_ratio),
         say=worker.say,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from hpgr.model.registry import click_model
 from hpgr.model.relation import FUSED_FROM, Pairs, Queries, check_triton, fuses, relate_kept
 from hpgr.model.select import FUSED_ANCHORS, FUSED_EVENTS, Kept, select_keys
 from hpgr.on_ray.benchmarks import attention
-from hpgr.training.two_stage import train
+from hpgr.training.two_stage import tell_of_triton, train
 
 SHAPES = pytest.mark.parametrize(
     ("b", "h", "q", "n", "e"),
@@ -192,6 +193,19 @@ def test_auto_takes_the_kernels_where_they_run_and_pay(monkeypatch: pytest.Monke
     assert not fuses("auto", 1000, 8, gpu), "no compiler"
     with pytest.raises(ConfigError, match="no C compiler"):
         check_triton(gpu)
+
+
+@pytest.mark.parametrize("impl", ["auto", "gather", "reference"])
+def test_a_run_whose_gpu_cannot_have_the_kernels_tells_what_it_goes_without(
+    impl: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("CC", "")
+    monkeypatch.setenv("PATH", "")
+    said: list[str] = []
+    for device in ("cpu", "cuda"):
+        tell_of_triton(impl, replace(worker(say=said.append), device=torch.device(device)))
+    assert [("no C compiler" in line and "whole maps" in line) for line in said] == [True] * (impl == "auto")
 
 
 def test_codes_are_those_of_pairs() -> None:
