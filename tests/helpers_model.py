@@ -321,16 +321,18 @@ def context_of(run: Run, stage: str, source: Any = None, say: Callable[[str], No
     return loop_context(run, worker(source, say), run.folder.sub(stage), stage)
 
 
-def gloo_worker(rank: int, world: int, runs: list[tuple[dict[str, Any], str]], meeting: str) -> None:
-    """What one of several processes does: join the others, train each (config, folder), write its figures there."""
+def gloo_worker(rank: int, world: int, runs: list[tuple[dict[str, Any], str, int]], meeting: str) -> None:
+    """What one of several processes does: join the others, train each (config, folder, rows from which tables are
+    sparse), write its figures there."""
     import torch.distributed as dist
 
+    from hpgr.training import optimiser
     from hpgr.training.two_stage import train
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
     try:
-        for config, folder in runs:
+        for config, folder, optimiser.SPARSE_ROWS in runs:
             checked = validate(config)
             run = Run(checked, Folder(folder), prepare(checked, in_process, quiet))
             figures = train(run, worker(LocalSource(rank, world)))

@@ -84,10 +84,10 @@ class ItemModel(nn.Module):
         The positive is always there, so it has no correction. The n draws stand for all other items, each with
         weight 1 / (n q), so that their sum is expected to be the full softmax's.
         """
-        table, bias = self.events.item.weight, self.item_bias
+        item, bias = self.events.item, self.item_bias  # by rows, so that its gradient may be of those alone
         times_drawn = negatives.log_q[negatives.items - self.first_item] + math.log(len(negatives.items))
-        positive = (state * table[target]).sum(-1) + bias[target]
-        others = state @ table[negatives.items].T + bias[negatives.items] - times_drawn
+        positive = (state * item(target)).sum(-1) + bias[target]
+        others = state @ item(negatives.items).T + bias[negatives.items] - times_drawn
         others = others.masked_fill(negatives.items == target[:, None], float("-inf"))
         logits = torch.cat([positive[:, None], others], 1).float()
         return F.cross_entropy(logits, torch.zeros_like(target), reduction="sum")

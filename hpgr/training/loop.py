@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hpgr.artifacts import Folder
 from hpgr.config import Checkpoints
@@ -23,7 +23,7 @@ from hpgr.model.noise import Noise
 from hpgr.schema import Batch
 from hpgr.training import checkpoint, distributed
 from hpgr.training.meter import Meter, counts_of
-from hpgr.training.optimiser import make_optimiser, make_schedule
+from hpgr.training.optimiser import clip, make_optimiser, make_schedule, make_tables_sparse
 from hpgr.training.stage import Stage
 
 TELL_EVERY_SECONDS = 10.0
@@ -97,6 +97,7 @@ class _Loop:
         self.model = stage.model.to(context.device)
         if context.recompute:
             recompute_attention(self.model)
+        make_tables_sparse(self.model, stage.by_rows, context.device)
         self.optimiser = make_optimiser(self.model, stage.optimiser, stage.lr_shares)
         self.steps = sum(len(group.batches) for group in stage.stream.plan(0))
         self.schedule = make_schedule(self.optimiser, stage.optimiser, stage.epochs * self.steps)
@@ -218,7 +219,7 @@ class _Loop:
         self._check("loss", total, step)
         # DDP averages over workers, so a sum divided once by the global count needs their number as factor.
         (output.loss * (real * distributed.world() / max(count, 1.0))).backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.stage.optimiser.clip_norm)
+        norm = clip(self.model, self.stage.optimiser.clip_norm)
         self._check("gradient's norm", float(norm), step)
         self.optimiser.step()
         self.schedule.step()

@@ -26,6 +26,8 @@ class Stage(Protocol):
     lr_shares: dict[str, float]
     """Parameters that learn at a share of the optimiser's rate."""
     stream: StreamSpec
+    by_rows: tuple[str, ...]
+    """Tables that its losses read in every step and by rows alone: large ones may have sparse gradients."""
 
     @property
     def model(self) -> nn.Module:

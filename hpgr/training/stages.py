@@ -35,6 +35,7 @@ class ItemStage:
         self.model = item_model(config, sizes)
         self._first_item, self._seed, self._n = sizes.first_item, config.seed, stage.negatives
         sampled, q = len(counts) > stage.full_softmax_items, (counts + 1.0) / (counts + 1.0).sum()
+        self.by_rows: tuple[str, ...] = (ITEM_TABLE,) if sampled else ()
         self._up_to = np.cumsum(q) / np.cumsum(q)[-1] if sampled else None
         self._log_q = torch.from_numpy(np.log(q)).float()
 
@@ -61,6 +62,7 @@ class ClickStage:
     """Stage 2. Validated by AUC."""
 
     name, metric = "stage2", "auc"
+    by_rows: tuple[str, ...] = (ITEM_TABLE,)
     shown: tuple[str, ...] = ("auc", "gauc", "log_loss")
 
     def __init__(self, config: Config, sizes: Sizes, stream: StreamSpec, validation: StreamSpec) -> None:

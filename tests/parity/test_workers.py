@@ -11,6 +11,7 @@ from helpers_model import gloo_worker, log_config, make_run, merged, worker
 
 from hpgr.config import dump
 from hpgr.model.registry import click_model
+from hpgr.training import optimiser
 from hpgr.training.two_stage import Run, train
 
 WORLD = 2
@@ -18,7 +19,13 @@ CASES: dict[str, dict[str, Any]] = {
     "full softmax": {},
     "asking about actions": {"data": {"columns": {"action": "device"}}},
     "sampled softmax": {"stage1": {"full_softmax_items": 0, "negatives": 32}, "model": {"sem": {"in_stage2": False}}},
+    "sparse tables": {"stage1": {"full_softmax_items": 0, "negatives": 32}, "name": "sparse tables"},
 }
+
+
+def sparse_rows(case: str) -> int:
+    """Rows from which tables have sparse gradients."""
+    return 1 if case == "sparse tables" else optimiser.SPARSE_ROWS
 
 
 Both = tuple[Run, dict[str, Any], Run, list[dict[str, Any]]]
@@ -33,8 +40,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Both]:
     base = {"stream": {"batch_tokens": 100}, "stage1": small, "stage2": small}
     configs = {name: log_config(root, **merged(base, over)) for name, over in CASES.items()}
     pairs = {name: [make_run(c, root / name / n) for n in ("one", "two")] for name, c in configs.items()}
-    figures = {name: train(pairs[name][0], worker()) for name in CASES}
-    jobs = [(dump(run.config), run.folder.uri) for _, run in pairs.values()]
+    figures = {}
+    for name in CASES:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(optimiser, "SPARSE_ROWS", sparse_rows(name))
+            figures[name] = train(pairs[name][0], worker())
+    jobs = [(dump(run.config), run.folder.uri, sparse_rows(name)) for name, (_, run) in pairs.items()]
     mp.spawn(gloo_worker, (WORLD, jobs, str(root / "meeting")), nprocs=WORLD)
     return {
         name: (one, figures[name], two, [two.folder.read_json(f"figures-{rank}.json") for rank in range(WORLD)])
