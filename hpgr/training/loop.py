@@ -18,7 +18,7 @@ from hpgr.data.hashing import combine
 from hpgr.data.stream import Source, Step
 from hpgr.errors import TrainingError
 from hpgr.model.attention import recompute_attention
-from hpgr.model.inputs import Inputs, pad
+from hpgr.model.inputs import LANES, Inputs, pad
 from hpgr.model.noise import Noise
 from hpgr.schema import Batch
 from hpgr.training import checkpoint, distributed
@@ -53,9 +53,9 @@ class Context:
 
     @property
     def lanes(self) -> int:
-        """What lengths of a batch are rounded up to: kernels of a GPU want eights, a CPU takes any. Scores are made in
+        """What lengths of a batch are rounded up to: GPU kernels want even ones, a CPU takes any. Scores are made in
         `LANES`, for their bits' sake; a step's sums may differ in their last ones."""
-        return 8 if self.device.type == "cuda" else 1
+        return LANES if self.device.type == "cuda" else 1
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bf16 on a GPU, nothing on a CPU."""
