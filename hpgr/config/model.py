@@ -21,6 +21,10 @@ class Pgsa(Section):
     max_keys: Annotated[int, Field(ge=1)] | None = None
     """Most events a query keeps: the largest weights, of equal ones the more recent. Without it a query keeps up to
     top_k * (2 * ceil(3 * sigma) + 1) events, all that its Gaussians cover."""
+    sessions: Count | None = None
+    """A query's anchors come from so many past sessions, those whose mean item vectors are nearest to its own, and from
+    the last session that it sees events of; null: from all events. For very long histories, where choosing anchors
+    takes most of the time. Not with impl triton, and auto goes without its kernels."""
     anchors: Literal["frozen", "live"] = "frozen"
     """Item vectors that choose anchors: a frozen copy of stage 1's table, or the table being trained."""
     summaries: Natural = 4
@@ -33,6 +37,15 @@ class Pgsa(Section):
     the fast way; on a CPU gather where a batch's padded histories are long (256 events, and four times the keys a query
     may keep), on a GPU triton where it can run and histories are 200 events or more, else the whole history with its
     weights."""
+
+    @model_validator(mode="after")
+    def _kernels_know_no_sessions(self) -> Pgsa:
+        if self.impl == "triton" and self.sessions is not None:
+            raise ValueError(
+                f"impl triton chooses anchors from all events, got sessions {self.sessions}; use impl auto or gather, "
+                "or sessions null"
+            )
+        return self
 
 
 class Sem(Section):

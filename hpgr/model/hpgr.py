@@ -16,7 +16,7 @@ from hpgr.model.inputs import Inputs
 from hpgr.model.noise import Noise, number_sites
 from hpgr.model.pgsa import select_anchors, visible_mask
 from hpgr.model.preference import PreferenceFeatures, nearest, relevance_of
-from hpgr.model.relation import Queries, Relation, fuses, keep, relate, relate_sparsely, sparse_weights
+from hpgr.model.relation import Queries, Relation, fuses, keep, relate, relate_sparsely, sessions_of, sparse_weights
 from hpgr.model.sem import Sem
 from hpgr.schema import NO_ACTION
 
@@ -147,7 +147,8 @@ class HpgrClick(HstuClick):
             return 0.0
         query, pgsa = self.anchor_vectors(x.c_item), self.config.pgsa
         key = self.anchor_vectors(x.h_item) if past.vectors is None else past.vectors
-        place, real = anchors or nearest(query, key, x.c_visible, pgsa.top_k, pgsa.impl)
+        sessions = sessions_of(x.h_session, pgsa)
+        place, real = anchors or nearest(query, key, x.c_visible, pgsa.top_k, pgsa.impl, sessions)
         relevance = relevance_of(query, key, place)
         rows = torch.arange(x.h_item.shape[0], device=x.h_item.device)[:, None, None]
         return self.preference(relevance, x.h_action[rows, place], real)
@@ -165,14 +166,16 @@ class HpgrClick(HstuClick):
         if vectors is None:
             return x.c_visible
         pgsa = self.config.pgsa
-        fused = fuses(pgsa.impl, vectors.shape[1], pgsa.top_k, vectors.device)
-        return keep(self.anchor_vectors(x.c_item), vectors, x.c_visible, pgsa, fused).count()
+        fused = fuses(pgsa.impl, vectors.shape[1], pgsa, vectors.device)
+        return keep(self.anchor_vectors(x.c_item), vectors, x.c_visible, pgsa, x.h_session, fused).count()
 
     def candidate_weights(self, x: Inputs, past: Past) -> Tensor:
         if past.vectors is None:
             return super().candidate_weights(x, past)
-        return sparse_weights(self.anchor_vectors(x.c_item), past.vectors, x.c_visible, self.config.pgsa)
+        query, key = self.anchor_vectors(x.c_item), past.vectors
+        return sparse_weights(query, key, x.c_visible, self.config.pgsa, x.h_session)
 
     def anchors(self, past: Past, x: Inputs) -> tuple[Tensor, Tensor]:
         assert past.vectors is not None, "dense attention has no anchors"
-        return select_anchors(self.anchor_vectors(x.c_item), past.vectors, x.c_visible, self.config.pgsa.top_k)
+        query, pgsa = self.anchor_vectors(x.c_item), self.config.pgsa
+        return select_anchors(query, past.vectors, x.c_visible, pgsa.top_k, sessions_of(x.h_session, pgsa))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpgr.model.inputs import tiles
-from hpgr.model.pgsa import select_anchors
+from hpgr.model.pgsa import Sessions, select_anchors
 from hpgr.model.select import recent_first, select_anchors_in_tiles
 
 SHARPEST, SOFTEST = 32.0, 2.0
@@ -40,15 +40,17 @@ class PreferenceFeatures(nn.Module):
         return torch.einsum("bmta,tad->bmd", shares_of_actions, self.action)
 
 
-def nearest(query: Tensor, key: Tensor, visible: Tensor, top_k: int, impl: str) -> tuple[Tensor, Tensor]:
+def nearest(
+    query: Tensor, key: Tensor, visible: Tensor, top_k: int, impl: str, sessions: Sessions | None = None
+) -> tuple[Tensor, Tensor]:
     """Anchors of queries by item vectors [B, M, D] and [B, N, D]: positions, and which are real, [B, M, K] each.
 
     The most recent comes first, as in `Kept`: sums over anchors must not depend on how they were found.
     """
     if impl == "reference":
-        place, real = select_anchors(query, key, visible, top_k)
+        place, real = select_anchors(query, key, visible, top_k, sessions)
         return recent_first(torch.where(real, place, -1))
-    return select_anchors_in_tiles(query, key, visible, top_k)
+    return select_anchors_in_tiles(query, key, visible, top_k, sessions)
 
 
 def relevance_of(query: Tensor, key: Tensor, place: Tensor) -> Tensor:

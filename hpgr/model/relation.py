@@ -19,7 +19,7 @@ from hpgr.config import Model, Pgsa
 from hpgr.errors import ConfigError
 from hpgr.model.gather import Links, gather_pays
 from hpgr.model.inputs import Inputs
-from hpgr.model.pgsa import cap_weights, gaussian_weights, select_anchors
+from hpgr.model.pgsa import Sessions, cap_weights, gaussian_weights, select_anchors
 from hpgr.model.select import FUSED_ANCHORS, FUSED_EVENTS, Kept, most_slots, recent_first, select_keys, select_weights
 from hpgr.model.timing import time_bucket
 
@@ -122,20 +122,25 @@ def relate_sparsely(
     """
     (query, key), n = vectors, x.h_item.shape[1]
     if impl == "reference":
-        return relate(x, *queries, sparse_weights(query, key, queries.visible, config.pgsa), config, window)
+        weights = sparse_weights(query, key, queries.visible, config.pgsa, x.h_session)
+        return relate(x, *queries, weights, config, window)
     pgsa = config.pgsa
     slots = most_slots(n, pgsa.top_k, pgsa.sigma, pgsa.max_keys)
-    fused = fuses(impl, n, pgsa.top_k, key.device)
+    fused = fuses(impl, n, pgsa, key.device)
     if impl == "auto" and not fused and not gather_pays(n, slots, key.device):
-        weights, anchors = select_weights(query, key, queries.visible, pgsa.top_k, pgsa.sigma, pgsa.max_keys)
+        sessions = sessions_of(x.h_session, pgsa)
+        weights, anchors = select_weights(query, key, queries.visible, pgsa.top_k, pgsa.sigma, pgsa.max_keys, sessions)
         return replace(relate(x, *queries, weights, config, window), anchors=recent_first(anchors))
-    kept = keep(query, key, queries.visible, pgsa, fused)
+    kept = keep(query, key, queries.visible, pgsa, x.h_session, fused)
     return relate_kept(x, queries, kept, config, window, fused)
 
 
-def fuses(impl: str, n: int, top_k: int, device: torch.device) -> bool:
-    """Whether Triton's kernels choose keys and attend: asked for, or by `auto` on a GPU where they can and pay."""
-    fits = FUSED_FROM <= n <= FUSED_EVENTS and top_k <= FUSED_ANCHORS
+def fuses(impl: str, n: int, pgsa: Pgsa, device: torch.device) -> bool:
+    """Whether Triton's kernels choose keys and attend: asked for, or by `auto` on a GPU where they can and pay.
+
+    They know no sessions; the configuration refuses to ask for both.
+    """
+    fits = FUSED_FROM <= n <= FUSED_EVENTS and pgsa.top_k <= FUSED_ANCHORS and pgsa.sessions is None
     return impl == "triton" or (impl == "auto" and fits and device.type == "cuda" and not lacking(device))
 
 
@@ -160,12 +165,18 @@ def lacking(device: torch.device) -> str:
     return "" if os.environ.get("CC") or which("gcc") or which("clang") else "C compiler"
 
 
-def sparse_weights(query: Tensor, key: Tensor, visible: Tensor, pgsa: Pgsa) -> Tensor:
-    """PGSA's attention weights, by the reference: [B, Q, N]."""
-    anchors, real = select_anchors(query, key, visible, pgsa.top_k)
+def sessions_of(number: Tensor, pgsa: Pgsa) -> Sessions | None:
+    """Where anchors come from, by the history's session numbers [B, N]; None: all visible events."""
+    return None if pgsa.sessions is None else Sessions(number, pgsa.sessions)
+
+
+def sparse_weights(query: Tensor, key: Tensor, visible: Tensor, pgsa: Pgsa, session: Tensor) -> Tensor:
+    """PGSA's attention weights, by the reference: [B, Q, N]. `session` [B, N] numbers the history's sessions."""
+    anchors, real = select_anchors(query, key, visible, pgsa.top_k, sessions_of(session, pgsa))
     return cap_weights(gaussian_weights(anchors, real, visible, key.shape[1], pgsa.sigma), pgsa.max_keys)
 
 
-def keep(query: Tensor, key: Tensor, visible: Tensor, pgsa: Pgsa, fused: bool = False) -> Kept:
+def keep(query: Tensor, key: Tensor, visible: Tensor, pgsa: Pgsa, session: Tensor, fused: bool = False) -> Kept:
     """The same in index form, the fast way: [B, Q, S]."""
-    return select_keys(query, key, visible, pgsa.top_k, pgsa.sigma, pgsa.max_keys, fused)
+    sessions = sessions_of(session, pgsa)
+    return select_keys(query, key, visible, pgsa.top_k, pgsa.sigma, pgsa.max_keys, fused, sessions)

@@ -14,27 +14,31 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpgr.model.pgsa import LOWEST, gaussian_level, sortable, sortable_at, visible_mask
+from hpgr.model.inputs import tiles
+from hpgr.model.pgsa import (
+    LOWEST,
+    Sessions,
+    gaussian_level,
+    in_near_sessions,
+    sortable,
+    sortable_at,
+    visible_mask,
+)
+from hpgr.model.rank import FAR, TILE_GPU, TILE_WHOLE, largest, places
+from hpgr.model.select_sessions import anchors_in_sessions
 
 TILE = 1 << 19
-"""Most relevances alive at once (4 MB in float64)..."""
-TILE_WHOLE = 1 << 17
-"""... and of histories that are searched whole on a CPU, where each is read and written often: what stays in a core's
-own cache. Both measured on two cores."""
-TILE_GPU = 1 << 25
-"""... and on a GPU, where few launches count."""
+"""Most relevances alive at once on a CPU (4 MB in float64), `TILE_WHOLE` where a history is searched whole. Measured on
+two cores."""
 BLOCK = 16
 """Events of a block; histories of fewer than two blocks an anchor are searched whole."""
 FUSED_EVENTS, FUSED_ANCHORS = 1 << 18, 496
 """Most events of a history, and anchors, that Triton's kernels rank: a program looks at 16,384 blocks of 16 events,
 then at the events of 512."""
-FAR = 1 << 40
-"""A distance no history reaches."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ def select_keys(
     sigma: float,
     max_keys: int | None = None,
     fused: bool = False,
+    sessions: Sessions | None = None,
 ) -> Kept:
     """Kept keys and their weights: those of `gaussian_weights` around `select_anchors`, capped by `cap_weights`.
 
@@ -83,11 +88,13 @@ def select_keys(
         top_k: anchors a query.
         sigma: width of the Gaussians in events.
         max_keys: most keys a query, or None.
-        fused: by Triton's kernels.
+        fused: by Triton's kernels, which know no sessions.
+        sessions: from which anchors come, or None.
     """
     n, queries = key.shape[1], query.shape[1]
     slots = most_slots(n, top_k, sigma, max_keys)
     if fused:
+        assert sessions is None, "Triton's kernels look at all events"
         from hpgr.model import fused_select  # needs triton
 
         visible = visible.clamp(max=n)  # kernels must not look beyond
@@ -97,13 +104,19 @@ def select_keys(
     index = torch.zeros(len(key), queries, slots, dtype=torch.int64, device=key.device)
     weight = torch.zeros(index.shape, device=key.device)
     with torch.no_grad():
-        for tile, anchors in _anchor_tiles(query, key, visible, top_k):
+        for tile, anchors in _anchor_tiles(query, key, visible, top_k, sessions):
             index[:, tile], weight[:, tile] = _around(anchors, visible[:, tile], n, sigma, slots)
     return Kept(index, weight)
 
 
 def select_weights(
-    query: Tensor, key: Tensor, visible: Tensor, top_k: int, sigma: float, max_keys: int | None = None
+    query: Tensor,
+    key: Tensor,
+    visible: Tensor,
+    top_k: int,
+    sigma: float,
+    max_keys: int | None = None,
+    sessions: Sessions | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same weights over the whole history, as the reference has them, [B, Q, N]; arguments as of `select_keys`.
 
@@ -122,13 +135,16 @@ def select_weights(
             upto = relevance.shape[-1]
             ranked = sortable(relevance, visible[:, tile])
             seen = visible_mask(visible[:, tile], upto)
-            best = ranked if upto <= top_k else _largest(ranked, top_k)
-            anchors[:, tile, : best.shape[-1]] = _places(best)
-            anchor = seen if upto <= top_k else seen & (ranked >= best[..., :1])
+            if sessions is not None:
+                near = in_near_sessions(query[:, tile], key, visible[:, tile], sessions)
+                ranked.masked_fill_(~near[..., :upto], LOWEST)
+            best = ranked if upto <= top_k else largest(ranked, top_k)
+            anchors[:, tile, : best.shape[-1]] = places(best)
+            anchor = ranked != LOWEST if upto <= top_k else ranked >= best[..., :1].clamp(min=LOWEST + 1)
             distance = _no_nearer(_distances(anchor, far), ~seen, far)
             if max_keys is not None and max_keys < upto:
                 order = (distance.int() * -n).add_(torch.arange(upto, dtype=torch.int32, device=key.device))
-                distance = _no_nearer(distance, order < _largest(order, max_keys)[..., :1], far)
+                distance = _no_nearer(distance, order < largest(order, max_keys)[..., :1], far)
             weights[:, tile, :upto] = weight_at.index_select(0, distance.flatten().int()).view(distance.shape)
     return weights, anchors
 
@@ -153,12 +169,14 @@ def _no_nearer(distance: Tensor, where: Tensor, far: int) -> Tensor:
     return torch.maximum(distance, where.to(distance.dtype) * far)
 
 
-def select_anchors_in_tiles(query: Tensor, key: Tensor, visible: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def select_anchors_in_tiles(
+    query: Tensor, key: Tensor, visible: Tensor, top_k: int, sessions: Sessions | None = None
+) -> tuple[Tensor, Tensor]:
     """`select_anchors`, the fast way: the same anchors, the most recent first."""
     with torch.no_grad():
-        tiles = [anchors for _, anchors in _anchor_tiles(query, key, visible, top_k)]
+        found = [anchors for _, anchors in _anchor_tiles(query, key, visible, top_k, sessions)]
         width = min(top_k, key.shape[1])
-        anchors = torch.cat([F.pad(a, (0, width - a.shape[-1]), value=-FAR) for a in tiles], 1)
+        anchors = torch.cat([F.pad(a, (0, width - a.shape[-1]), value=-FAR) for a in found], 1)
     return recent_first(anchors)
 
 
@@ -169,8 +187,14 @@ def recent_first(anchors: Tensor) -> tuple[Tensor, Tensor]:
     return anchors.clamp(min=0), anchors >= 0
 
 
-def _anchor_tiles(query: Tensor, key: Tensor, visible: Tensor, top_k: int) -> Iterator[tuple[slice, Tensor]]:
+def _anchor_tiles(
+    query: Tensor, key: Tensor, visible: Tensor, top_k: int, sessions: Sessions | None
+) -> Iterator[tuple[slice, Tensor]]:
     """Queries of a tile and their anchors [B, T, <= K], -FAR where there are fewer."""
+    if sessions is not None:
+        anchors = anchors_in_sessions(query, key, visible, top_k, sessions)
+        yield from ((tile, anchors[:, tile]) for tile in tiles(len(key), query.shape[1], BLOCK * top_k))
+        return
     for tile, relevance in _relevance_tiles(query, key, visible, top_k):
         yield tile, _best(relevance, visible[:, tile], top_k)
 
@@ -198,7 +222,7 @@ def _best(relevance: Tensor, visible: Tensor, top_k: int) -> Tensor:
     n = relevance.shape[-1]
     if _searched_whole(n, top_k):
         ranked = sortable(relevance, visible)
-        return _places(_largest(ranked, min(top_k, n)))
+        return places(largest(ranked, min(top_k, n)))
     return _best_in_blocks(relevance, visible, top_k)
 
 
@@ -209,26 +233,13 @@ def _best_in_blocks(relevance: Tensor, visible: Tensor, top_k: int) -> Tensor:
     relevance[..., least:].masked_fill_(hidden, float("-inf"))
     blocks = F.pad(relevance, (0, -n % BLOCK), value=float("-inf")).view(*relevance.shape[:2], -1, BLOCK)
     some = -(-visible // BLOCK)
-    chosen = _largest(sortable(blocks.amax(-1), some), top_k)
+    chosen = largest(sortable(blocks.amax(-1), some), top_k)
     block = torch.where(chosen != LOWEST, chosen & 0xFFFFFFFF, 0)
     place = (block[..., None] * BLOCK + torch.arange(BLOCK, device=block.device)).flatten(-2)
     values = relevance.gather(-1, place.clamp(max=n - 1))
     allowed = (place < visible[..., None]) & (chosen != LOWEST).repeat_interleave(BLOCK, -1)
     ranked = sortable_at(values, place).masked_fill_(~allowed, LOWEST)
-    return _places(_largest(ranked, top_k))
-
-
-def _largest(values: Tensor, count: int) -> Tensor:
-    """The `count` largest of the last axis, the least of them first. On a CPU by NumPy, in a third of `topk`'s time."""
-    if values.device.type != "cpu" or torch.compiler.is_compiling():
-        return values.topk(count, dim=-1).values.flip(-1)
-    first = values.shape[-1] - count
-    return torch.from_numpy(np.partition(values.numpy(), first, axis=-1)[..., first:])
-
-
-def _places(ranked: Tensor) -> Tensor:
-    """Positions of relevances made sortable, -FAR of those that are not visible, any shape."""
-    return (ranked & 0xFFFFFFFF).masked_fill_(ranked == LOWEST, -FAR)
+    return places(largest(ranked, top_k))
 
 
 def _around(anchors: Tensor, visible: Tensor, n: int, sigma: float, slots: int) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,7 @@ MODELS = [
         for settings in (
             {"pgsa": {"scope": "all", "max_keys": 5}},
             {"pgsa": {"sigma": 0, "impl": "gather"}},
+            {"pgsa": {"sessions": 1}},
             {"pgsa": {"enabled": False, "top_k": 7}},
             {"sem": {"in_stage2": False}, "hstu_form": "research"},
             {"name": "hstu"},

@@ -38,7 +38,7 @@ def parts(model: Model, x: Inputs) -> dict[str, dict[str, float]]:
         assert isinstance(links, Links)
         return links
 
-    kept = keep(item, item, x.h_visible, model.pgsa, fused=True)
+    kept = keep(item, item, x.h_visible, model.pgsa, x.h_session, fused=True)
     links = related()
     bias = RelativeBias(heads, n, model.time_buckets).to(item.device)
     q, k, v = (torch.randn(rows, heads, n, width, device=item.device, dtype=torch.bfloat16, requires_grad=True)
@@ -47,7 +47,7 @@ def parts(model: Model, x: Inputs) -> dict[str, dict[str, float]]:
     relation = milliseconds(related)
     found = {
         "choice": {
-            "forward": milliseconds(lambda: keep(item, item, x.h_visible, model.pgsa, fused=True)),
+            "forward": milliseconds(lambda: keep(item, item, x.h_visible, model.pgsa, x.h_session, fused=True)),
             "tflop": 2 * model.width * square / 1e12,
         },
         "relation": {"forward": relation},

@@ -118,7 +118,7 @@ def test_biases_looked_up_as_sums_are_the_same(kept: bool, monkeypatch: pytest.M
     queries = Queries(x.c_item, x.c_time, x.c_visible)
     if kept:
         vectors = torch.randn(3, 4, 6), torch.randn(3, 8, 6)
-        r = relate_kept(x, queries, keep(*vectors, x.c_visible, config.pgsa), config, window)
+        r = relate_kept(x, queries, keep(*vectors, x.c_visible, config.pgsa, x.h_session), config, window)
     else:
         r = relate(x, *queries, visible_mask(x.c_visible, 8), config, window)
     bias = RelativeBias(config.heads, window, config.time_buckets)

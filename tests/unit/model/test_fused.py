@@ -24,7 +24,7 @@ with pytest.MonkeyPatch.context() as patch:
     from hpgr.on_ray.benchmarks.attention_parts import attention_alone
     from hpgr.on_ray.benchmarks.dense_kernel import DenseKernel
 
-from hpgr.config import validate
+from hpgr.config import Pgsa, validate
 from hpgr.errors import ConfigError
 from hpgr.model.gather import Links, attend_kept
 from hpgr.model.hstu import HstuEncoder, RelativeBias
@@ -176,21 +176,22 @@ def test_nothing_beyond_the_history_is_kept() -> None:
 
 
 def test_auto_takes_the_kernels_where_they_run_and_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = torch.device("cuda")
-    assert fuses("auto", FUSED_FROM, 8, gpu)
-    assert fuses("auto", FUSED_EVENTS, FUSED_ANCHORS, gpu)
-    assert fuses("triton", 1, 8, gpu)
-    for n, top_k, device in (
-        (FUSED_FROM - 1, 8, gpu),
-        (FUSED_EVENTS + 1, 8, gpu),
-        (1000, FUSED_ANCHORS + 1, gpu),
-        (1000, 8, torch.device("cpu")),
+    gpu, eight = torch.device("cuda"), Pgsa(top_k=8)
+    assert fuses("auto", FUSED_FROM, eight, gpu)
+    assert fuses("auto", FUSED_EVENTS, Pgsa(top_k=FUSED_ANCHORS), gpu)
+    assert fuses("triton", 1, eight, gpu)
+    for n, pgsa, device in (
+        (FUSED_FROM - 1, eight, gpu),
+        (FUSED_EVENTS + 1, eight, gpu),
+        (1000, Pgsa(top_k=FUSED_ANCHORS + 1), gpu),
+        (1000, Pgsa(top_k=8, sessions=4), gpu),
+        (1000, eight, torch.device("cpu")),
     ):
-        assert not fuses("auto", n, top_k, device)
+        assert not fuses("auto", n, pgsa, device)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("CC", "")
     monkeypatch.setenv("PATH", "")
-    assert not fuses("auto", 1000, 8, gpu), "no compiler"
+    assert not fuses("auto", 1000, eight, gpu), "no compiler"
     with pytest.raises(ConfigError, match="no C compiler"):
         check_triton(gpu)
 
