@@ -6,8 +6,8 @@ hpgr predicts every event of the training history, the peers those of a user's l
 
 Losses differ as the libraries do, so hpgr trains in two ways. `hpgr` draws `stage1.negatives` items a step by
 popularity (logQ corrected); RecTools draws as many for every event, uniformly. `hpgr_full_softmax` takes the softmax
-over the whole catalogue, as torch-rechub does, which has no sampled loss. `ratios` hold each peer against the way of
-its kind, which `like_for_like` names; `ratios_of_other_losses` hold it against the other one.
+over the whole catalogue, as torch-rechub does, which has no sampled loss. `ratios` are those of `hpgr`, by peer: each
+library as it is meant for large catalogues. `ratios_like_for_like` hold each peer against the way of its kind of loss.
 
 Without --log all train on views of the generated log, about as many a user and of as many items as ml-1m has.
 RecTools needs numpy below 2, so peers want an environment of their own: `pip install '.[step-peers]'`.
@@ -96,10 +96,8 @@ def run(options: argparse.Namespace, say: Say) -> dict[str, Any]:
                 say(f"step: {way}: {events[way]:,} events in {seconds:.1f} s{'' if turn else ', to warm up'}")
     speeds = {way: spread(values) for way, values in rates.items()}
     return {
-        "ratios": {f"over_{peer}": over(speeds, LIKE[peer], peer) for peer in peers},
-        "like_for_like": {peer: LIKE[peer] for peer in peers},
-        "ratios_of_other_losses": {f"{way}_over_{peer}": over(speeds, way, peer)
-                                   for peer in peers for way in OWN if way != LIKE[peer]},
+        "ratios": {f"over_{peer}": over(speeds, "hpgr", peer) for peer in peers},
+        "ratios_like_for_like": {f"{LIKE[peer]}_over_{peer}": over(speeds, LIKE[peer], peer) for peer in peers},
         "events_per_second": speeds,
         "events": events,
         "losses": {way: text for way, text in losses(config.stage1.negatives).items() if way in speeds},
