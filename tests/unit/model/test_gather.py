@@ -28,8 +28,8 @@ CAPS = st.sampled_from([None, 1, 2, 5, 64, 500])
 
 
 @st.composite
-def choices(draw: st.DrawFn, most: int = 90) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Query and key vectors with many ties or repeated items, any number visible (none too), any K."""
+def vectors(draw: st.DrawFn, most: int) -> tuple[Tensor, Tensor, torch.Generator]:
+    """Query and key vectors with many ties or repeated items, and a generator for what else is drawn."""
     b, q, n = draw(st.integers(1, 3)), draw(st.integers(1, 20)), draw(st.integers(1, most))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     if draw(st.booleans()):
@@ -37,7 +37,14 @@ def choices(draw: st.DrawFn, most: int = 90) -> tuple[Tensor, Tensor, Tensor, in
     else:
         table = F.normalize(torch.randn(30, 16, generator=generator), dim=-1)
     key = table[torch.randint(0, draw(st.integers(1, 30)), (b, n), generator=generator)]
-    query = table[torch.randint(0, 30, (b, q), generator=generator)]
+    return table[torch.randint(0, 30, (b, q), generator=generator)], key, generator
+
+
+@st.composite
+def choices(draw: st.DrawFn, most: int = 90) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Vectors, any number visible (none too), any K."""
+    query, key, generator = draw(vectors(most))
+    (b, q), n = query.shape[:2], key.shape[1]
     visible = torch.randint(0, n + 1, (b, q), generator=generator)
     if draw(st.booleans()):  # the history stream: each event its own query
         query, visible = key, torch.arange(n).expand(b, n)

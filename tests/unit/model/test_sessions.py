@@ -9,6 +9,7 @@ import torch
 from helpers_model import SIZES, inputs, random_batch, shaken, tiny, widened
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_gather import vectors
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,16 +31,10 @@ class Drawn(NamedTuple):
 
 @st.composite
 def choices(draw: st.DrawFn, most: int = 90) -> Drawn:
-    """Many ties or repeated items, sessions of one event up to the whole history, padding numbered 0 as in batches, any
+    """Vectors, sessions of one event up to the whole history, padding numbered 0 as in batches, any
     number visible (none too), any K and any number of sessions."""
-    b, q, n = draw(st.integers(1, 3)), draw(st.integers(1, 20)), draw(st.integers(1, most))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    if draw(st.booleans()):
-        table = torch.randint(-2, 3, (30, 2), generator=generator).float()
-    else:
-        table = F.normalize(torch.randn(30, 16, generator=generator), dim=-1)
-    key = table[torch.randint(0, draw(st.integers(1, 30)), (b, n), generator=generator)]
-    query = table[torch.randint(0, 30, (b, q), generator=generator)]
+    query, key, generator = draw(vectors(most))
+    (b, q), n = query.shape[:2], key.shape[1]
     number = (torch.rand(b, n, generator=generator) < draw(st.sampled_from([0.0, 0.1, 0.4, 1.0]))).long()
     number = number.index_fill(1, torch.tensor([0]), 0).cumsum(1)
     real = torch.randint(1, n + 1, (b, 1), generator=generator)
