@@ -1,6 +1,6 @@
 """Cells of a comparison, each trained in a process of its own; what is done is in its folder and is not done again.
 
-    <run>/cells/<key>/         a run of its own: configuration, both stages' checkpoints, test scores
+    <run>/cells/<key>/         a run of its own: configuration, stage 2's best weights, test scores
     <run>/cells/<key>/cell.json  its figures, written last; or the numerical error that ended it
     <run>/stage1/<key>/        a stage 1, shared by all cells that agree on it
 
@@ -31,7 +31,7 @@ from hpgr.on_ray.session import quieten
 from hpgr.on_ray.train import Crew, train_here, train_on_workers
 from hpgr.on_ray.trials import Place, cpus_of, demand, index_of, nested, run_of
 from hpgr.search.matrix import Cell
-from hpgr.training.two_stage import Run, has_ended
+from hpgr.training.two_stage import Run, clear, has_ended
 
 LOOK_EVERY_SECONDS = 0.5
 RECORD = "cell.json"
@@ -176,6 +176,9 @@ def _train_cell(settings: dict[str, Any], folder: str, place: Place, phases: Any
             raise
         done = {"state": "failed", "error": str(error), "tested": settings["test"]}
     home.write_json(RECORD, done)
+    clear(home.sub("stage2"))
+    if run.stage1 is not None:
+        clear(run.stage1)
     return done
 
 

@@ -9,8 +9,7 @@ from contextlib import suppress
 from hpgr.artifacts import Folder
 from hpgr.errors import HpgrError
 from hpgr.search.study import Ended, Study
-from hpgr.training import checkpoint
-from hpgr.training.two_stage import has_ended
+from hpgr.training.two_stage import clear, has_ended
 
 GONE_AFTER_SECONDS = 15.0 + float(os.environ["TUNE_FORCE_TRIAL_CLEANUP_S"])
 """A trial that was stopped early still writes until Tune has killed its process, which it does within this time."""
@@ -41,12 +40,7 @@ class Leftovers:
     def _clear(self, trial: Ended) -> None:
         run, stage1 = self._folder.sub("trials").sub(trial.name), self._folder.sub("stage1").sub(trial.stage1)
         with suppress(HpgrError):  # what is refused now is tried again
-            _discard(run.sub("stage2"), trial.may_win or run.exists("metrics.json"))
+            clear(run.sub("stage2"), trial.may_win or run.exists("metrics.json"))
             if trial.stage1 and has_ended(stage1):  # its weights are for trials to come
-                _discard(stage1, True)
+                clear(stage1)
             self._cleared.add(trial)
-
-
-def _discard(stage: Folder, keep_best: bool) -> None:
-    is_done = keep_best and stage.exists("done.json")
-    checkpoint.discard(stage, stage.read_json("done.json")["best_file"] if is_done else "")

@@ -214,6 +214,13 @@ def has_ended(folder: Folder) -> bool:
     return folder.exists(_DONE) or folder.exists(_FAILED)
 
 
+def clear(folder: Folder, keep_best: bool = True) -> None:
+    """Delete what the folder of a stage that has ended holds for training alone; the best weights of one that is done
+    stay if asked."""
+    is_done = keep_best and folder.exists(_DONE)
+    checkpoint.discard(folder, folder.read_json(_DONE)["best_file"] if is_done else "")
+
+
 def _known(folder: Folder, name: str) -> dict[str, Any] | None:
     return folder.read_json(name) if folder.exists(name) else None
 

@@ -136,6 +136,16 @@ def test_a_stage_1_that_rows_agree_on_was_computed_once(finished: tuple[Path, st
     assert not list(finished[0].glob("cells/*/stage1"))
 
 
+def test_cells_that_have_ended_keep_their_best_weights_and_no_checkpoints(finished: tuple[Path, str]) -> None:
+    stages = [stage for kind in ("cells/*/stage2", "stage1/*") for stage in finished[0].glob(kind)]
+    done = [stage for stage in stages if (stage / "done.json").exists()]
+    assert not list(finished[0].glob("**/checkpoints/*"))
+    assert len(done) > 4
+    for stage in stages:
+        kept = [json.loads((stage / "done.json").read_text())["best_file"]] if stage in done else []
+        assert [p.name for p in stage.glob("best-*")] == kept
+
+
 def test_a_row_that_fails_by_numerics_is_marked_and_ends_nothing(finished: tuple[Path, str]) -> None:
     found = result(finished[0])
     broken = found["models"][-1]
