@@ -122,6 +122,9 @@ class Resources(Section):
     recompute: bool = False
     """Let attention's maps go and make them again for gradients, for long histories that do not fit in memory
     otherwise. Training takes longer."""
+    compile: bool = False
+    """Train with attention over whole maps compiled (torch.compile), which takes up to a minute when a stage begins.
+    Needs a C++ compiler on a CPU, triton and a C compiler on a GPU."""
     wait_minutes: Annotated[float, Field(ge=0)] = 30
     """How long to wait for what the cluster may give but has not free, before giving up."""
     max_failures: Natural = 2

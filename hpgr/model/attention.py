@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from hpgr.errors import ConfigError
 
 
 def attend(
@@ -70,11 +72,12 @@ def _scores(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
     return flat.view(bias.shape)
 
 
-def recompute_attention(model: nn.Module) -> None:
-    """Have a model's attention modules let their maps go and make them again for gradients (`resources.recompute`)."""
+def train_attention(model: nn.Module, recompute: bool, compiled: bool) -> None:
+    """Have a model's attention modules train as `resources.recompute` and `resources.compile` say."""
     for module in model.modules():
-        if hasattr(module, "recompute"):
-            setattr(module, "recompute", True)  # noqa: B010 - to mypy a module's attributes are tensors
+        for name, wanted in (("recompute", recompute), ("compiled", compiled)):
+            if hasattr(module, name):
+                setattr(module, name, wanted)
 
 
 def recomputed(attention: Callable[..., Tensor], wanted: bool) -> Callable[..., Tensor]:
@@ -83,3 +86,28 @@ def recomputed(attention: Callable[..., Tensor], wanted: bool) -> Callable[..., 
     if not wanted or not torch.is_grad_enabled():
         return attention
     return partial(checkpoint, attention, use_reentrant=False, preserve_rng_state=False)
+
+
+def attention(compiled: bool) -> Callable[..., Tensor]:
+    """`attend`; compiled, if wanted, where gradients are, for fewer maps that go through memory.
+
+    Values agree to float tolerance. Scores are always made by `attend` itself, so that how a model was trained says
+    nothing of them.
+    """
+    return _compiled() if compiled and torch.is_grad_enabled() else attend
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(attend, dynamic=True)  # one program for the shapes of all batches
+
+
+def check_compiler(device: torch.device) -> None:
+    """Whether `resources.compile` can be had there, by trying. Raises ConfigError."""
+    try:
+        torch.compile(torch.neg)(torch.ones(2, device=device))
+    except Exception as error:  # whatever a missing compiler, header or package makes of it
+        raise ConfigError(
+            f"resources.compile: torch.compile cannot run on {device.type} here: {str(error).strip().splitlines()[0]}; "
+            "install a C++ compiler (on a GPU triton and a C compiler), or leave it false"
+        ) from error

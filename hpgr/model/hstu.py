@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpgr.config import Model
-from hpgr.model.attention import attend, attention_shares, recomputed
+from hpgr.model.attention import attention, attention_shares, recomputed
 from hpgr.model.gather import Links, attend_kept
 from hpgr.model.noise import Dropout, Noise
 from hpgr.model.relation import Pairs, Relation
@@ -73,7 +73,7 @@ class HstuLayer(nn.Module):
         self.heads, self.silu_all = config.heads, config.silu_on == "uvqk" or research
         self.gain = math.sqrt(config.width // config.heads) if research else 1.0
         self.divisor = window if research else None
-        self.recompute = False
+        self.recompute = self.compiled = False
         self.norm, self.norm_out = _norm(config.width, research), _norm(config.width, research)
         self.project = nn.Linear(config.width, 4 * config.width, bias=not research)
         self.out = nn.Linear(config.width, config.width)
@@ -116,7 +116,7 @@ class HstuLayer(nn.Module):
         bias = self.bias(r.pairs)
         if isinstance(r.weights, Links):
             return attend_kept(q, *history_kv, own, bias, self.bias.own, r.weights)
-        return attend(q, *history_kv, own, bias, self.bias.own, r.weights)
+        return attention(self.compiled)(q, *history_kv, own, bias, self.bias.own, r.weights)
 
     def shares(self, uvqk: tuple[Tensor, ...], history_kv: KeyValue, r: Relation) -> Tensor:
         """Share of each history event in a query's attention, mean over heads: [B, Q, N]."""

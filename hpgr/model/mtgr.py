@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpgr.config import Config, Model
-from hpgr.model.attention import attend, recomputed
+from hpgr.model.attention import attention, recomputed
 from hpgr.model.base import Past, TokenClick
 from hpgr.model.embedding import Sizes
 from hpgr.model.hstu import KeyValue, RelativeBias
@@ -52,7 +52,7 @@ class MtgrBlock(nn.Module):
     def __init__(self, config: Model, window: int) -> None:
         super().__init__()
         width, hidden = config.width, config.mtgr.mlp_ratio * config.width
-        self.heads, self.recompute = config.heads, False
+        self.heads, self.recompute, self.compiled = config.heads, False, False
         self.norm, self.norm_out = GroupLayerNorm(3, width), GroupLayerNorm(3, width)
         self.project = nn.Linear(width, 4 * width)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, width))
@@ -80,7 +80,8 @@ class MtgrBlock(nn.Module):
         history twice (both forms)."""
         u, v, q, k = uvqk
         bias = bias if keys[0].shape[2] == bias.shape[-1] else torch.cat([bias, bias], -1)
-        mixed = recomputed(attend, self.recompute)(q, *keys, (k, v), bias, self.bias.own, weights)
+        attend = recomputed(attention(self.compiled), self.recompute)
+        mixed = attend(q, *keys, (k, v), bias, self.bias.own, weights)
         mixed = mixed.transpose(1, 2).flatten(2)
         return x + self.dropouts[group](self.mlp(self.norm_out(mixed * u, group)), noise)
 

@@ -17,7 +17,7 @@ from hpgr.config import Checkpoints
 from hpgr.data.hashing import combine
 from hpgr.data.stream import Source, Step
 from hpgr.errors import TrainingError
-from hpgr.model.attention import recompute_attention
+from hpgr.model.attention import train_attention
 from hpgr.model.inputs import LANES, Inputs, pad
 from hpgr.model.noise import Noise
 from hpgr.schema import Batch
@@ -37,7 +37,7 @@ after so many seconds in any case."""
 class Context:
     """Where and how a stage runs. `say` prints progress, `report` hands validation figures to Ray Train,
     `log` writes scalars (TensorBoard); `row_places` bounds tokens * width of a row, `mock` makes the
-    heaviest batch, `recompute` lets attention's maps go until gradients want them."""
+    heaviest batch, `recompute` and `compile` say how attention's maps are made (see `Resources`)."""
 
     folder: Folder
     source: Source
@@ -45,6 +45,7 @@ class Context:
     seed: int
     checkpoints: Checkpoints
     recompute: bool
+    compile: bool
     row_places: int
     mock: Callable[[], Batch]
     say: Callable[[str], None]
@@ -95,8 +96,7 @@ class _Loop:
     def __init__(self, stage: Stage, context: Context) -> None:
         self.stage, self.context = stage, context
         self.model = stage.model.to(context.device)
-        if context.recompute:
-            recompute_attention(self.model)
+        train_attention(self.model, context.recompute, context.compile)
         make_tables_sparse(self.model, stage.by_rows, context.device)
         self.optimiser = make_optimiser(self.model, stage.optimiser, stage.lr_shares)
         self.steps = sum(len(group.batches) for group in stage.stream.plan(0))

@@ -22,6 +22,7 @@ from hpgr.data.stream import Source, StreamSpec
 from hpgr.errors import ArtifactError, TrainingError
 from hpgr.evaluation import click_scores, score, scoring_cost
 from hpgr.metrics import auc
+from hpgr.model.attention import check_compiler
 from hpgr.model.base import ClickModel
 from hpgr.model.embedding import Sizes
 from hpgr.model.inputs import round_up
@@ -131,6 +132,8 @@ def train(run: Run, worker: Worker, test: bool = True) -> dict[str, Any]:
     items = run.prepared.folder.read_parquet("vocabulary.parquet")
     if run.config.stage2.enabled and run.config.model.sparse:
         tell_of_triton(run.config.model.pgsa.impl, worker)  # before stage 1 takes its time
+    if run.config.resources.compile:
+        check_compiler(worker.device)
     out: dict[str, Any] = {"curves": [], "seconds": {}}
     stage1: ItemStage | None = None
     if run.config.stage1.enabled:
@@ -301,6 +304,7 @@ def loop_context(run: Run, worker: Worker, folder: Folder, stage: str) -> Contex
         seed=config.seed,
         checkpoints=config.checkpoints,
         recompute=config.resources.recompute,
+        compile=config.resources.compile,
         row_places=round_up(window) * config.model.width,
         mock=partial(mock_batch, rows, window, targets, widths, sizes.first_item, config.stage1.mask_ratio),
         say=worker.say,

@@ -10,7 +10,8 @@ import torch
 from helpers_model import SIZES, inputs, random_batch, shaken, tiny
 from torch.nn import functional as F
 
-from hpgr.model.attention import recompute_attention
+from hpgr.errors import ConfigError
+from hpgr.model.attention import attention, check_compiler, train_attention
 from hpgr.model.masked_item import MaskedItemModel
 from hpgr.model.noise import Noise
 from hpgr.model.registry import click_model
@@ -185,8 +186,7 @@ def test_maps_made_again_for_gradients_change_no_bit_and_are_not_held(name: str,
         config = tiny(model=settings | ({} if name == "stage 1" else {"name": name}))
         torch.manual_seed(0)
         model = shaken(MaskedItemModel(config, SIZES) if name == "stage 1" else click_model(config, SIZES)).train()
-        if recompute:
-            recompute_attention(model)
+        train_attention(model, recompute, compiled=False)
         held = 0
 
         def hold(tensor: torch.Tensor) -> torch.Tensor:
@@ -203,3 +203,41 @@ def test_maps_made_again_for_gradients_change_no_bit_and_are_not_held(name: str,
     assert len(plain) == len(again) > 10
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
     assert few_held < all_held
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, while it looks at what it is given
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", ["hpgr", "hstu", "mtgr"])
+def test_compiled_attention_trains_as_the_reference_and_leaves_scores_alone(name: str, recompute: bool) -> None:
+    check_compiler(torch.device("cpu"))
+
+    def trained(compiled: bool, events: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        config, batch = tiny(model={"name": name, "pgsa": {"impl": "reference"}}), random_batch(3, events, 8)
+        torch.manual_seed(0)
+        model = shaken(click_model(config, SIZES)).train()
+        train_attention(model, recompute, compiled)
+        output = model(inputs(batch), Noise(3, batch.row_key, 100 * config.model.width))
+        output.loss.backward()
+        with torch.no_grad():
+            scores = model.eval()(inputs(batch)).scores
+        return scores, [output.loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    for events in (40, 23):  # one program for both
+        (scores, plain), (same, compiled) = trained(False, events), trained(True, events)
+        assert torch.equal(scores, same)
+        assert len(plain) == len(compiled) > 10
+        for a, b in zip(plain, compiled, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert attention(compiled=True) is not attention(compiled=False)
+
+
+def test_a_machine_that_cannot_compile_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("No working C++ compiler found\nmore")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    with pytest.raises(
+        ConfigError, match=r"resources.compile: .* on cpu here: No working C\+\+ compiler found; install"
+    ):
+        check_compiler(torch.device("cpu"))
