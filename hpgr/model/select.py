@@ -125,6 +125,8 @@ def select_weights(
     Of distances instead of weights, in a byte each: what lies beyond all Gaussians is at the distance `far`.
     """
     n = key.shape[1]
+    if sessions is None and n <= min(top_k, max_keys or n):
+        return _all_visible(visible, n)
     levels = [1.0, *(gaussian_level(d, sigma) for d in range(1, min(math.ceil(3 * sigma), n - 1) + 1))]
     far = len(levels)
     weight_at = torch.tensor([*levels, 0.0], device=key.device)
@@ -147,6 +149,13 @@ def select_weights(
                 distance = _no_nearer(distance, order < largest(order, max_keys)[..., :1], far)
             weights[:, tile, :upto] = weight_at.index_select(0, distance.flatten().int()).view(distance.shape)
     return weights, anchors
+
+
+def _all_visible(visible: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """What `select_weights` returns of a history no longer than K: all that a query sees is an anchor, whatever its
+    relevance."""
+    seen = visible_mask(visible, n)
+    return seen.float(), torch.where(seen, torch.arange(n, device=visible.device), -FAR)
 
 
 def _distances(anchor: Tensor, far: int) -> Tensor:
