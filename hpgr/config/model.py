@@ -18,13 +18,13 @@ class Pgsa(Section):
     """Anchors a query."""
     sigma: Annotated[float, Field(ge=0, le=1000)] = 2.0
     """Width of the Gaussian around an anchor, in events; 0 keeps the anchors alone."""
-    max_keys: Annotated[int, Field(ge=1)] | None = None
-    """Most events a query keeps: the largest weights, of equal ones the more recent. Without it a query keeps up to
-    top_k * (2 * ceil(3 * sigma) + 1) events, all that its Gaussians cover."""
+    max_keys: Annotated[int, Field(ge=1)] | None = 128
+    """Most events a query keeps: the largest weights, of equal ones the more recent. null keeps all that its
+    Gaussians cover, up to top_k * (2 * ceil(3 * sigma) + 1) events."""
     sessions: Count | None = None
     """A query's anchors come from so many past sessions, those whose mean item vectors are nearest to its own, and from
     the last session that it sees events of; null: from all events. For very long histories, where choosing anchors
-    takes most of the time. Not with impl triton, and auto goes without its kernels."""
+    takes most of the time."""
     anchors: Literal["frozen", "live"] = "frozen"
     """Item vectors that choose anchors: a frozen copy of stage 1's table, or the table being trained."""
     summaries: Natural = 4
@@ -33,19 +33,11 @@ class Pgsa(Section):
     impl: Literal["reference", "gather", "triton", "auto"] = "auto"
     """How it is computed. reference: weights over the whole history. gather: kept keys alone, time and memory linear in
     them; scores agree to 1e-5. triton: the same as fused kernels, on a CUDA GPU with the package triton and a C
-    compiler, for up to 262,144 events and 496 anchors; they screen anchors in half precision first. auto: keys chosen
+    compiler, for up to 262,144 events; they screen anchors in half precision first (more than 496, or those of
+    sessions, torch chooses). auto: keys chosen
     the fast way; on a CPU gather where a batch's padded histories are long (256 events, and four times the keys a query
     may keep), on a GPU triton where it can run and histories are 200 events or more, else the whole history with its
     weights."""
-
-    @model_validator(mode="after")
-    def _kernels_know_no_sessions(self) -> Pgsa:
-        if self.impl == "triton" and self.sessions is not None:
-            raise ValueError(
-                f"impl triton chooses anchors from all events, got sessions {self.sessions}; use impl auto or gather, "
-                "or sessions null"
-            )
-        return self
 
 
 class Sem(Section):

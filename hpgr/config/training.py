@@ -104,7 +104,8 @@ class Scoring(Section):
 
 
 class Resources(Section):
-    """What a run takes of the cluster; it changes no result. `auto` is settled when Ray is there, see hpgr.sizing."""
+    """What a run takes of the cluster; it changes no result beyond rounding: workers add up
+    in another order, a GPU trains in bf16. `auto` is settled when Ray is there, see hpgr.sizing."""
 
     workers: Natural | Auto = 1
     """Ray Train workers; 0 trains inside the driver. auto: one a GPU, without GPUs one a node; a trial or a
@@ -124,7 +125,8 @@ class Resources(Section):
     otherwise. Training takes longer."""
     compile: bool = False
     """Train with attention over whole maps compiled (torch.compile), which takes up to a minute when a stage begins.
-    Needs a C++ compiler on a CPU, triton and a C compiler on a GPU."""
+    Needs a C++ compiler on a CPU, triton and a C compiler on a GPU. There is nothing to compile in stage 1 of masked
+    items, over kept keys (impl gather, triton), in din and logistic."""
     wait_minutes: Annotated[float, Field(ge=0)] = 30
     """How long to wait for what the cluster may give but has not free, before giving up."""
     max_failures: Natural = 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,12 +95,17 @@ def attention(compiled: bool) -> Callable[..., Tensor]:
     Values agree to float tolerance. Scores are always made by `attend` itself, so that how a model was trained says
     nothing of them.
     """
-    return _compiled() if compiled and torch.is_grad_enabled() else attend
+    return _attend_compiled if compiled and torch.is_grad_enabled() else attend
+
+
+def _attend_compiled(q: Tensor, k: Tensor, *others: Any) -> Tensor:
+    """Sizes of 1 would each be a program of their own, and torch compiles a few alone before it gives up."""
+    return (attend if 1 in (len(q), q.shape[2], k.shape[2]) else _program())(q, k, *others)
 
 
 @cache
-def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(attend, dynamic=True)  # one program for the shapes of all batches
+def _program() -> Callable[..., Tensor]:
+    return torch.compile(attend, dynamic=True)  # histories and candidates of any length: one each
 
 
 def check_compiler(device: torch.device) -> None:
@@ -107,7 +113,8 @@ def check_compiler(device: torch.device) -> None:
     try:
         torch.compile(torch.neg)(torch.ones(2, device=device))
     except Exception as error:  # whatever a missing compiler, header or package makes of it
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"resources.compile: torch.compile cannot run on {device.type} here: {str(error).strip().splitlines()[0]}; "
-            "install a C++ compiler (on a GPU triton and a C compiler), or leave it false"
+            f"resources.compile: torch.compile cannot run on {device.type} here: {reason}; install a C++ compiler "
+            "(on a GPU triton and a C compiler), or leave it false"
         ) from error

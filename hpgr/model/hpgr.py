@@ -166,7 +166,7 @@ class HpgrClick(HstuClick):
         if vectors is None:
             return x.c_visible
         pgsa = self.config.pgsa
-        fused = fuses(pgsa.impl, vectors.shape[1], pgsa, vectors.device)
+        fused = fuses(pgsa.impl, vectors.shape[1], vectors.device)
         return keep(self.anchor_vectors(x.c_item), vectors, x.c_visible, pgsa, x.h_session, fused).count()
 
     def candidate_weights(self, x: Inputs, past: Past) -> Tensor:

@@ -155,8 +155,12 @@ def gaussian_level(distance: int, sigma: float) -> float:
 def cap_weights(weights: Tensor, max_keys: int | None) -> Tensor:
     """At most `max_keys` of each query's weights, the largest; ties go to the more recent. [B, Q, N] -> [B, Q, N]."""
     n = weights.shape[-1]
-    if max_keys is None or max_keys >= n:
+    if max_keys is None:
         return weights
-    everything = torch.full(weights.shape[:-1], n, device=weights.device)
+    if torch.compiler.is_exporting():  # histories may be shorter than the cap, or longer: there is room for it
+        weights = F.pad(weights, (0, max_keys))
+    elif max_keys >= n:
+        return weights
+    everything = torch.full(weights.shape[:-1], weights.shape[-1], device=weights.device)
     kept = sortable(weights, everything).topk(max_keys, dim=-1).indices
-    return torch.zeros_like(weights).scatter_(-1, kept, weights.gather(-1, kept))
+    return torch.zeros_like(weights).scatter_(-1, kept, weights.gather(-1, kept))[..., :n]

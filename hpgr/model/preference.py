@@ -54,6 +54,10 @@ def nearest(
 
 
 def relevance_of(query: Tensor, key: Tensor, place: Tensor) -> Tensor:
-    """Dot products of queries [B, M, D] with the keys [B, N, D] at their places [B, M, K]: [B, M, K]."""
+    """Dot products of queries [B, M, D] with the keys [B, N, D] at their places [B, M, K]: [B, M, K].
+
+    In float32 under autocast too: bf16 makes ties of near ones, and scores are made without it.
+    """
     parts = tiles(place.shape[0], place.shape[1], key.shape[1])
-    return torch.cat([(query[:, t] @ key.transpose(1, 2)).gather(-1, place[:, t]) for t in parts], 1)
+    with torch.autocast(query.device.type, enabled=False):
+        return torch.cat([(query[:, t] @ key.transpose(1, 2)).gather(-1, place[:, t]) for t in parts], 1)

@@ -20,7 +20,7 @@ from hpgr.errors import ConfigError
 from hpgr.model.gather import Links, gather_pays
 from hpgr.model.inputs import Inputs
 from hpgr.model.pgsa import Sessions, cap_weights, gaussian_weights, select_anchors
-from hpgr.model.select import FUSED_ANCHORS, FUSED_EVENTS, Kept, most_slots, recent_first, select_keys, select_weights
+from hpgr.model.select import FUSED_EVENTS, Kept, most_slots, recent_first, select_keys, select_weights
 from hpgr.model.timing import time_bucket
 
 FUSED_FROM = 200
@@ -126,7 +126,7 @@ def relate_sparsely(
         return relate(x, *queries, weights, config, window)
     pgsa = config.pgsa
     slots = most_slots(n, pgsa.top_k, pgsa.sigma, pgsa.max_keys)
-    fused = fuses(impl, n, pgsa, key.device)
+    fused = fuses(impl, n, key.device)
     if impl == "auto" and not fused and not gather_pays(n, slots, key.device):
         sessions = sessions_of(x.h_session, pgsa)
         weights, anchors = select_weights(query, key, queries.visible, pgsa.top_k, pgsa.sigma, pgsa.max_keys, sessions)
@@ -135,12 +135,10 @@ def relate_sparsely(
     return relate_kept(x, queries, kept, config, window, fused)
 
 
-def fuses(impl: str, n: int, pgsa: Pgsa, device: torch.device) -> bool:
-    """Whether Triton's kernels choose keys and attend: asked for, or by `auto` on a GPU where they can and pay.
-
-    They know no sessions; the configuration refuses to ask for both.
-    """
-    fits = FUSED_FROM <= n <= FUSED_EVENTS and pgsa.top_k <= FUSED_ANCHORS and pgsa.sessions is None
+def fuses(impl: str, n: int, device: torch.device) -> bool:
+    """Whether Triton's kernels attend: asked for, or by `auto` on a GPU where they can and pay. They also choose keys,
+    but for what `select_keys` says."""
+    fits = FUSED_FROM <= n <= FUSED_EVENTS
     return impl == "triton" or (impl == "auto" and fits and device.type == "cuda" and not lacking(device))
 
 

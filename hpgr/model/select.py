@@ -88,13 +88,12 @@ def select_keys(
         top_k: anchors a query.
         sigma: width of the Gaussians in events.
         max_keys: most keys a query, or None.
-        fused: by Triton's kernels, which know no sessions.
+        fused: by Triton's kernels, unless anchors come from sessions or are more than they can rank.
         sessions: from which anchors come, or None.
     """
     n, queries = key.shape[1], query.shape[1]
     slots = most_slots(n, top_k, sigma, max_keys)
-    if fused:
-        assert sessions is None, "Triton's kernels look at all events"
+    if fused and sessions is None and min(top_k, n) <= FUSED_ANCHORS:
         from hpgr.model import fused_select  # needs triton
 
         visible = visible.clamp(max=n)  # kernels must not look beyond

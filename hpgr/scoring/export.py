@@ -66,7 +66,7 @@ def least_events(model: Model) -> int:
     pgsa, three = model.pgsa, 3  # of two, neighbours are one pair, which tracing takes for a constant size
     if not model.by_vectors:
         return three
-    return max(three, 1 + max(pgsa.top_k, 1 + math.ceil(3 * pgsa.sigma), pgsa.max_keys or 0, pgsa.sessions or 0))
+    return max(three, 1 + max(pgsa.top_k, 1 + math.ceil(3 * pgsa.sigma), pgsa.sessions or 0))
 
 
 def export_model(model: ClickModel, sizes: Sizes) -> torch.export.ExportedProgram:

@@ -9,14 +9,17 @@ import numpy as np
 from hpgr.model.inputs import Inputs
 from hpgr.schema import Batch
 
-COUNTS = 4
+COUNTS = 5
 
 
 def counts_of(batch: Batch, inputs: Inputs) -> list[float]:
-    """COUNTS numbers of a batch: rows, sessions, tokens (history events), and the places that these are padded to."""
+    """COUNTS numbers of a batch: rows, sessions, tokens (history events), these with the candidates, and the places
+    that both are padded to."""
     rows = np.repeat(np.arange(len(batch)), batch.h_lengths)
     starts = (np.diff(rows) != 0) | (np.diff(batch.h_session) != 0)
-    return [len(batch), len(rows) and 1 + int(starts.sum()), len(rows), inputs.h_item.numel()]
+    candidates = len(batch.t_item)
+    filled, places = len(rows) + candidates, inputs.h_item.numel() + bool(candidates) * inputs.c_item.numel()
+    return [len(batch), len(rows) and 1 + int(starts.sum()), len(rows), filled, places]
 
 
 @dataclass
@@ -26,6 +29,7 @@ class Meter:
     rows: float = 0.0
     sessions: float = 0.0
     tokens: float = 0.0
+    filled: float = 0.0
     places: float = 0.0
     loss: float = 0.0
     terms: float = 0.0
@@ -34,10 +38,11 @@ class Meter:
 
     def add(self, loss: float, terms: float, counts: list[float]) -> None:
         """A step's summed loss over its terms, and its counts over all workers."""
-        rows, sessions, tokens, places = counts
+        rows, sessions, tokens, filled, places = counts
         self.loss, self.terms = self.loss + loss, self.terms + terms
         self.rows, self.sessions = self.rows + rows, self.sessions + sessions
-        self.tokens, self.places = self.tokens + tokens, self.places + places
+        self.tokens += tokens
+        self.filled, self.places = self.filled + filled, self.places + places
 
     def time(self, seconds: float, waited: float) -> None:
         """A step's seconds, the wait for its batch among them."""
@@ -54,5 +59,5 @@ class Meter:
             "sessions_per_second": self.sessions / seconds,
             "tokens_per_second": self.tokens / seconds,
             "data_wait_share": self.waited / seconds,
-            "padding_share": 1 - self.tokens / self.places,
+            "padding_share": 1 - self.filled / self.places,
         }

@@ -30,6 +30,7 @@ MODELS = [
         pytest.param(settings, marks=pytest.mark.slow)
         for settings in (
             {"pgsa": {"scope": "all", "max_keys": 5}},
+            {"pgsa": {"max_keys": None}},
             {"pgsa": {"sigma": 0, "impl": "gather"}},
             {"pgsa": {"sessions": 1}},
             {"pgsa": {"enabled": False, "top_k": 7}},

@@ -57,7 +57,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sample", type=int, default=16, help="users scored in a turn; the naive way takes 4 candidates"
     )
-    parser.add_argument("--workers", type=int, help="workers of the job (default: the CPUs)")
+    parser.add_argument("--workers", type=int, help="workers of the job (default: the CPUs; on GPUs one)")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="of both ways and of the job's workers"
+    )
     parser.add_argument("--keep", metavar="DIR", help="build in this folder and leave it")
 
 
@@ -86,7 +89,7 @@ def run(options: argparse.Namespace, say: Say) -> dict[str, Any]:
         "agreement": agreement,
         "jobs": {"quarter": quarter, "all": whole},
         "settings": {k: v for k, v in vars(options).items() if isinstance(v, int | None)}
-        | {"model": dump(config)["model"]},
+        | {"device": options.device, "model": dump(config)["model"]},
         "machine": machine(),
     }
 
@@ -149,11 +152,12 @@ def compare(folder: Path, options: argparse.Namespace, say: Say) -> dict[str, An
     """Pairs a second of both ways, in turns, and how far their scores differ."""
     torch.set_num_threads(options.workers or os.cpu_count() or 1)
     finished = open_finished(str(folder / "run"))
-    device = torch.device("cpu")
+    device = torch.device(options.device)
     scorer = Scorer(finished.click_model(device), finished.config.stream, device)
     table = finished.run.prepared.timelines(0).slice(0, options.sample).combine_chunks()
     assembler = Assembler({0: table}, finished.config.stream.session_gap_minutes)
-    pairs = sample_pairs(assembler.timelines, options.candidates, options.items)
+    sizes = finished.run.sizes()
+    pairs = sample_pairs(assembler.timelines, options.candidates, sizes.first_item, sizes.items)
     few = pairs.take(np.flatnonzero(np.arange(len(pairs)) % options.candidates < min(4, options.candidates)))
     rates: dict[str, list[float]] = {"cached": [], "reencode": []}
     by_cpu: dict[str, list[float]] = {"cached": [], "reencode": []}
@@ -176,13 +180,13 @@ def compare(folder: Path, options: argparse.Namespace, say: Say) -> dict[str, An
     return out | {"cpu": cpu_rates, "agreement": float(np.abs(same - scores["reencode"]).max())}
 
 
-def sample_pairs(timelines: Timelines, candidates: int, items: int) -> Pairs:
-    """Random candidates of every timeline after its whole history."""
+def sample_pairs(timelines: Timelines, candidates: int, first: int, end: int) -> Pairs:
+    """Random candidates of every timeline after its whole history, of the items [first, end)."""
     rng, n = np.random.default_rng(1), len(timelines) * candidates
     row = np.repeat(np.arange(len(timelines)), candidates)
     last = timelines.h_time[timelines.h_offsets[1:] - 1]
     features = np.zeros((n, 0), np.int64), np.zeros((n, 0), np.float32)
-    return Pairs(row, rng.integers(66, items + 66, n), last[row] + 1, np.diff(timelines.h_offsets)[row], *features)
+    return Pairs(row, rng.integers(first, end, n), last[row] + 1, np.diff(timelines.h_offsets)[row], *features)
 
 
 def reencode(scorer: Scorer, assembler: Assembler, pairs: Pairs) -> Floats:
@@ -205,10 +209,11 @@ def reencode(scorer: Scorer, assembler: Assembler, pairs: Pairs) -> Floats:
 def job(folder: Path, options: argparse.Namespace, share: int, say: Say) -> dict[str, Any]:
     """The whole job for one in `share` users: its rate and account, and the workers' peak memory."""
     wish = Wish(str(folder / "run"), str(folder / f"output-{share}"), candidates=str(folder / f"candidates-{share}"))
-    workers = options.workers or os.cpu_count() or 1
+    on_gpu = options.device == "cuda"
+    workers = options.workers or (1 if on_gpu else os.cpu_count() or 1)
     with Greatest(largest_worker) as memory:
         start = time.monotonic()
-        summary = batch_score(wish, Pool(workers, workers), say)
+        summary = batch_score(wish, Pool(workers, workers, on_gpu), say)
         seconds = time.monotonic() - start
     shutil.rmtree(folder / f"output-{share}")
     written = summary["account"]["written"]

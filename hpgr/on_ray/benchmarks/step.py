@@ -184,7 +184,8 @@ def rectools(config: Config, log: pd.DataFrame, device: str) -> Epoch:
         logging.getLogger(name).setLevel(logging.ERROR)
     window, model = config.stream.window, config.model
     trainer = partial(Trainer, max_epochs=1, accelerator="gpu" if device == "cuda" else "cpu", devices=1, logger=False,
-                      enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+                      enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+                      precision="bf16-mixed" if device == "cuda" else "32-true")  # fmt: skip
     peer = HSTUModel(
         n_blocks=model.layers, n_heads=model.heads, n_factors=model.width, dropout_rate=model.dropout,
         session_max_len=window, loss="sampled_softmax", n_negatives=config.stage1.negatives,
@@ -234,7 +235,10 @@ def rechub(config: Config, log: pd.DataFrame, device: str) -> Epoch:
     def epoch() -> tuple[int, float]:
         """One more epoch of the same model."""
         start = time.perf_counter()
-        with contextlib.redirect_stderr(io.StringIO()):
+        with (
+            contextlib.redirect_stderr(io.StringIO()),
+            torch.autocast(device, torch.bfloat16, enabled=device == "cuda"),
+        ):
             trainer.train_one_epoch(loader)
         return events, time.perf_counter() - start
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from helpers_model import SIZES, inputs, random_batch, shaken, tiny
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from hpgr.errors import ConfigError
-from hpgr.model.attention import attention, check_compiler, train_attention
+from hpgr.model.attention import check_compiler, train_attention
 from hpgr.model.masked_item import MaskedItemModel
 from hpgr.model.noise import Noise
 from hpgr.model.registry import click_model
@@ -223,13 +224,16 @@ def test_compiled_attention_trains_as_the_reference_and_leaves_scores_alone(name
             scores = model.eval()(inputs(batch)).scores
         return scores, [output.loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
-    for events in (40, 23):  # one program for both
+    torch.compiler.reset()
+    counters.clear()
+    for events in (40, 23):
         (scores, plain), (same, compiled) = trained(False, events), trained(True, events)
         assert torch.equal(scores, same)
         assert len(plain) == len(compiled) > 10
         for a, b in zip(plain, compiled, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    assert attention(compiled=True) is not attention(compiled=False)
+    # Histories, candidates, for mtgr the live form over both, and one of equal sizes; torch gives up beyond 8.
+    assert 2 <= counters["stats"]["unique_graphs"] <= 4
 
 
 def test_a_machine_that_cannot_compile_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:

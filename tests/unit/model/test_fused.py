@@ -24,7 +24,7 @@ with pytest.MonkeyPatch.context() as patch:
     from hpgr.on_ray.benchmarks.attention_parts import attention_alone
     from hpgr.on_ray.benchmarks.dense_kernel import DenseKernel
 
-from hpgr.config import Pgsa, validate
+from hpgr.config import validate
 from hpgr.errors import ConfigError
 from hpgr.model.gather import Links, attend_kept
 from hpgr.model.hstu import HstuEncoder, RelativeBias
@@ -32,7 +32,7 @@ from hpgr.model.inputs import pad
 from hpgr.model.pgsa import select_anchors
 from hpgr.model.registry import click_model
 from hpgr.model.relation import FUSED_FROM, Pairs, Queries, check_triton, fuses, relate_kept
-from hpgr.model.select import FUSED_ANCHORS, FUSED_EVENTS, Kept, select_keys
+from hpgr.model.select import FUSED_EVENTS, Kept, select_keys
 from hpgr.on_ray.benchmarks import attention
 from hpgr.training.two_stage import tell_of_triton, train
 
@@ -176,22 +176,16 @@ def test_nothing_beyond_the_history_is_kept() -> None:
 
 
 def test_auto_takes_the_kernels_where_they_run_and_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu, eight = torch.device("cuda"), Pgsa(top_k=8)
-    assert fuses("auto", FUSED_FROM, eight, gpu)
-    assert fuses("auto", FUSED_EVENTS, Pgsa(top_k=FUSED_ANCHORS), gpu)
-    assert fuses("triton", 1, eight, gpu)
-    for n, pgsa, device in (
-        (FUSED_FROM - 1, eight, gpu),
-        (FUSED_EVENTS + 1, eight, gpu),
-        (1000, Pgsa(top_k=FUSED_ANCHORS + 1), gpu),
-        (1000, Pgsa(top_k=8, sessions=4), gpu),
-        (1000, eight, torch.device("cpu")),
-    ):
-        assert not fuses("auto", n, pgsa, device)
+    gpu = torch.device("cuda")
+    assert fuses("auto", FUSED_FROM, gpu)
+    assert fuses("auto", FUSED_EVENTS, gpu)
+    assert fuses("triton", 1, gpu)
+    for n, device in ((FUSED_FROM - 1, gpu), (FUSED_EVENTS + 1, gpu), (1000, torch.device("cpu"))):
+        assert not fuses("auto", n, device)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("CC", "")
     monkeypatch.setenv("PATH", "")
-    assert not fuses("auto", 1000, eight, gpu), "no compiler"
+    assert not fuses("auto", 1000, gpu), "no compiler"
     with pytest.raises(ConfigError, match="no C compiler"):
         check_triton(gpu)
 
@@ -262,7 +256,9 @@ def outcome(impl: str, **pgsa: Any) -> tuple[Tensor, dict[str, Tensor]]:
     return output.scores, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("pgsa", [{}, {"sigma": 2.0, "max_keys": 5}, {"scope": "candidate", "anchors": "live"}])
+@pytest.mark.parametrize(
+    "pgsa", [{}, {"sigma": 2.0, "max_keys": 5}, {"scope": "candidate", "anchors": "live"}, {"sessions": 1, "top_k": 3}]
+)
 def test_the_model_is_the_references(pgsa: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     plain = fused.attend_fused

@@ -262,9 +262,6 @@ def test_reported_anchors_are_of_the_chosen_sessions() -> None:
     assert torch.equal(shown[..., :24], (weights > 0).float())
 
 
-@pytest.mark.parametrize(
-    ("pgsa", "message"), [({"sessions": 0}, "sessions"), ({"sessions": 4, "impl": "triton"}, "impl auto or gather")]
-)
-def test_impossible_settings_are_refused(pgsa: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        tiny(model={"pgsa": pgsa})
+def test_no_sessions_at_all_are_refused() -> None:
+    with pytest.raises(ConfigError, match="sessions"):
+        tiny(model={"pgsa": {"sessions": 0}})
