@@ -234,7 +234,8 @@ class Study:
         if len(done) < 4 or len({row.auc for row in done}) < 2:
             return {}
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-        target = (lambda t: t.values[0]) if len(self._space.objectives) > 1 else None
+        # The evaluator takes a target for one to be low, whatever the study's direction.
+        target = (lambda t: -t.values[0]) if len(self._space.objectives) > 1 else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             shares = optuna.importance.get_param_importances(self._study, evaluator=evaluator, target=target)

@@ -214,6 +214,23 @@ def test_importance_finds_the_dimension_that_matters(tmp_path: Path) -> None:
     assert shares["model.dropout"] > 0.7
 
 
+def test_importance_asks_what_makes_the_auc_high_beside_a_second_objective_too(tmp_path: Path) -> None:
+    """One dimension makes the few good trials, the other the few bad ones."""
+    parameters = {"model.dropout": {"uniform": [0.0, 0.8]}, "model.pgsa.sigma": {"uniform": [0.0, 8.0]}}
+    shares = []
+    for objectives in (["auc"], ["auc", "keys"]):
+        wanted = space(parameters, objectives=objectives, sampler={"kind": "random"}, scheduler={"kind": "none"})
+        study = opened(tmp_path / str(len(objectives)), wanted)
+        for _ in range(24):
+            found = asked(study)
+            good, bad = found.values["model.dropout"] < 0.15, found.values["model.pgsa.sigma"] > 6.5
+            noise = 1e-3 * found.values["model.dropout"] * found.values["model.pgsa.sigma"]
+            finished(study, found, 0.7 + 0.05 * good - 0.1 * bad + noise, keys=found.values["model.pgsa.sigma"])
+        shares.append(study.importance())
+    assert shares[0] == pytest.approx(shares[1])
+    assert next(iter(shares[0])) == "model.dropout"
+
+
 def test_draws_differ_between_seeds_and_repeat_for_one(tmp_path: Path) -> None:
     def values(name: str, seed: int) -> list[float]:
         wanted = space({"model.dropout": {"uniform": [0.0, 0.8]}}, sampler={"seed": seed})
