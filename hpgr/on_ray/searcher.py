@@ -103,6 +103,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
             owns = bool(draw.stage1) and not self._is_settled(draw.stage1)
             self._study.note(draw.number, started=self._clock(), owns=owns)
         self._study.note(draw.number, phase="starting")
+        self._study.save()
         return {
             "number": draw.number,
             "is_start": draw.number == self._study.start(),

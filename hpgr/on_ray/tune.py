@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,17 +11,14 @@ from typing import Any
 
 import ray
 import ray.tune
-from optuna.exceptions import StorageInternalError
-from ray.exceptions import RayError
 from ray.tune.error import TuneError
-from rich.live import Live
-from rich.text import Text
 
 from hpgr.artifacts import FORMAT, Folder, absolute, check_format
 from hpgr.config import Config, Tracking, dump, override, plain_mapping, to_yaml, validate
 from hpgr.data.stream import build_index
 from hpgr.errors import ArtifactError, ConfigError, HpgrError, TrainingError
 from hpgr.locks import held
+from hpgr.on_ray.beside import watched
 from hpgr.on_ray.cluster import here, settle
 from hpgr.on_ray.leftovers import Leftovers
 from hpgr.on_ray.parallel import RayExecute
@@ -39,12 +33,6 @@ from hpgr.search import space as spaces
 from hpgr.search.space import Distribution, Space, longest, parse_space, read_space
 from hpgr.search.study import VOID, Study
 from hpgr.training.two_stage import INDEXES, stage_key
-
-LOOK_EVERY_SECONDS = 2.0
-BOARD_EVERY_SECONDS = 60.0
-"""How often the table is printed where it cannot be redrawn in place."""
-PASSING = (HpgrError, RayError, StorageInternalError)
-"""What a store, Ray or a locked study refuse now, and the watch's next look may get."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +66,7 @@ def _search(request: SearchRequest, say: Say) -> tuple[dict[str, Any], SearchDat
         study = Study(folder, space, config, lambda c: stage_key(c, prepared, "stage1"))  # asked for by draws alone
         clock = Clock(study.memory("seconds", 0.0), start)
         leftovers = Leftovers(folder, study, clock)
-        with _watched(study, clock) as watch:
+        with watched(study, clock) as watch:
             execute = RayExecute(say)
             prepared = prepared_log(config, execute, say)
             place = Place(prepared.folder.uri, folder.sub("stage1").uri, folder.sub("index").uri)
@@ -350,65 +338,6 @@ class _Recoveries(ray.tune.Callback):  # type: ignore[misc]
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         told = Path(trial.error_file).read_text(errors="replace").strip().rpartition("\n")[2]
         self._say(f"trial {trial.config['number']}: interrupted ({told[:160]}), going on from its last checkpoint")
-
-
-@contextmanager
-def _watched(study: Study, clock: Clock) -> Iterator[_Watch]:
-    """Keeps time, counts nodes and shows a table while the block runs."""
-    watch = _Watch(study, clock)
-    watch.start()
-    try:
-        yield watch
-    finally:
-        watch.stop()
-        study.save()
-
-
-class _Watch(threading.Thread):
-    """Notes the time and the cluster's nodes, so that a search that is killed knows them; clears up behind trials;
-    keeps a screen in view."""
-
-    def __init__(self, study: Study, clock: Clock) -> None:
-        super().__init__(daemon=True)
-        self._study, self._clock, self._over = study, clock, threading.Event()
-        self._shown = time.monotonic()
-        self.board: Callable[[], str] | None = None
-        """What to show, once there is something."""
-        self.clear: Callable[[], None] = lambda: None
-
-    def run(self) -> None:
-        """Until the search is over."""
-        with Live(auto_refresh=False, transient=True) if sys.stdout.isatty() else nullcontext() as screen:
-            while not self._over.wait(LOOK_EVERY_SECONDS):
-                with suppress(*PASSING):
-                    self._note()
-                    self.clear()
-                    self._show(screen)
-
-    def stop(self) -> None:
-        self._over.set()
-        self.join()
-        with suppress(*PASSING):
-            self._note()
-
-    def _show(self, screen: Live | None) -> None:
-        if self.board is None:
-            return
-        if screen is not None:
-            screen.update(Text(self.board()), refresh=True)
-        elif time.monotonic() - self._shown > BOARD_EVERY_SECONDS:
-            self._shown = time.monotonic()
-            print(self.board(), flush=True)
-
-    def _note(self) -> None:
-        """Note the time, and the nodes that can work when they change."""
-        at = self._clock()
-        self._study.remember("seconds", at)
-        alive = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
-        now = [at, len(alive), sum(node["Resources"]["CPU"] for node in alive)]
-        known = self._study.memory("nodes", [])
-        if not known or known[-1][1:] != now[1:]:
-            self._study.remember("nodes", [*known, now])
 
 
 def _dimension(path: str, distribution: Distribution) -> Dimension:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import sqlite3
 import tempfile
+import threading
 import warnings
 import weakref
 from collections.abc import Callable
@@ -35,6 +36,9 @@ TRIES = 8
 """Draws in a row that were all known before new ones are made at random."""
 RANDOM_TRIES = 1000
 """Random draws that were all known before the space counts as exhausted."""
+SAVING = threading.Lock()
+"""Held from a copy of the file to its arrival, or an older one could take a newer one's place. Not of the study, which
+Tune pickles."""
 VOID = ("repeated", "void")
 """States of draws that are no trials: known configurations, and ones that are not valid."""
 
@@ -249,9 +253,10 @@ class Study:
         self._study.set_user_attr(name, value)
 
     def save(self) -> None:
-        """Bring the file to where it belongs; every draw and every end of a trial does so too."""
+        """Bring the file to where it belongs; every draw and every end of a trial does so too. Any thread may."""
         if not self._folder.is_local:
-            self._folder.write(FILE, self._copy())
+            with SAVING:
+                self._folder.write(FILE, self._copy())
 
     def _copy(self) -> bytes:
         """The file as it is between two commits: another thread may be amid one."""

@@ -17,7 +17,7 @@ from ray.tune.error import TuneError
 from hpgr.artifacts import Folder
 from hpgr.config import Config, dump, validate
 from hpgr.errors import ArtifactError, ConfigError, DataError, HpgrError, StoreError, TrainingError, WorkersLostError
-from hpgr.on_ray import cells, trials, tune
+from hpgr.on_ray import beside, cells, trials, tune
 from hpgr.on_ray.cluster import settle
 from hpgr.on_ray.searcher import Clock, StudySearcher
 from hpgr.on_ray.trials import Place
@@ -48,14 +48,14 @@ def test_a_killed_search_knows_its_time_and_nodes(tmp_path: Path, monkeypatch: p
     cluster = [node(2.0)]
     monkeypatch.setattr(ray, "nodes", lambda: cluster)
     killed = job_of(tmp_path, start=time.monotonic() - 100)
-    watch = tune._Watch(killed.study, killed.clock)
+    watch = beside.Watch(killed.study, killed.clock)
     watch._note()
     cluster.append(node(4.0))
     watch._note()  # the last look before SIGKILL: nothing is written down after it
     resumed = job_of(tmp_path)
     assert 100 <= resumed.clock() < 200
     cluster.pop()
-    tune._Watch(resumed.study, resumed.clock)._note()
+    beside.Watch(resumed.study, resumed.clock)._note()
     nodes = resumed.study.memory("nodes", [])
     assert [alive for _, alive, _ in nodes] == [1, 2, 1]
     assert [at for at, _, _ in nodes] == sorted(at for at, _, _ in nodes)
@@ -63,8 +63,8 @@ def test_a_killed_search_knows_its_time_and_nodes(tmp_path: Path, monkeypatch: p
 
 
 def test_the_watch_outlives_a_look_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune, "LOOK_EVERY_SECONDS", 0.01)
-    monkeypatch.setattr(tune, "BOARD_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(beside, "LOOK_EVERY_SECONDS", 0.01)
+    monkeypatch.setattr(beside, "BOARD_EVERY_SECONDS", 0.0)
     looks = list[str]()
 
     def nodes() -> list[dict[str, Any]]:
@@ -79,7 +79,7 @@ def test_the_watch_outlives_a_look_that_fails(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(ray, "nodes", nodes)
     job = job_of(tmp_path, start=time.monotonic() - 50)
-    with tune._watched(job.study, job.clock) as watch:
+    with beside.watched(job.study, job.clock) as watch:
         watch.board = board
         while len(looks) < 6:
             assert watch.is_alive()
@@ -87,6 +87,19 @@ def test_the_watch_outlives_a_look_that_fails(tmp_path: Path, monkeypatch: pytes
     assert {"nodes", "board"} <= set(looks)
     assert job_of(tmp_path).clock() >= 50
     assert len(job.study.memory("nodes", [])) == 1
+
+
+def test_a_store_has_the_time_that_passes_during_a_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beside, "LOOK_EVERY_SECONDS", 0.01)
+    monkeypatch.setattr(beside, "SAVE_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(ray, "nodes", lambda: [node(2.0)])
+    saved = list[float]()
+    job = job_of(tmp_path, start=time.monotonic() - 50)
+    monkeypatch.setattr(Study, "save", lambda study: saved.append(study.memory("seconds", 0.0)))
+    with beside.watched(job.study, job.clock):
+        while len(saved) < 2:
+            time.sleep(0.01)
+    assert 50 <= saved[0] <= saved[1]
 
 
 def test_a_cluster_that_was_never_seen_has_no_node_hours(tmp_path: Path) -> None:

@@ -277,6 +277,31 @@ def test_it_lives_on_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert again.interrupted() == [cut]
 
 
+def test_a_store_never_gets_an_older_file_after_a_newer_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[bytes] = []
+    slow, is_copied = threading.Event(), threading.Event()
+
+    def write(folder: Folder, name: str, content: bytes) -> None:
+        if threading.current_thread() is first:
+            is_copied.set()
+            slow.wait(0.3)  # the store takes its time, and meanwhile another thread saves
+        written.append(content)
+
+    monkeypatch.setattr(Folder, "is_local", property(lambda self: False))
+    monkeypatch.setattr(Folder, "exists", lambda self, name="": False)
+    monkeypatch.setattr(Folder, "write", write)
+    study = opened(tmp_path)
+    first = threading.Thread(target=study.save)
+    first.start()
+    is_copied.wait(5.0)
+    study.remember("seconds", 9.0)
+    study.save()
+    slow.set()
+    first.join()
+    assert len(written) == 2
+    assert written[1] == study._copy()
+
+
 def test_a_store_gets_whole_commits_and_this_machine_keeps_no_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
