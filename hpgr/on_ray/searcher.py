@@ -132,19 +132,22 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         return None
 
     def _more(self) -> bool:
-        """Whether the budget allows another draw."""
-        return not self._exhausted and not self._is_late() and self._study.tried() < self._space.budget.trials
+        """Whether the budget allows another draw; of hours even if preparing has used them up, the first."""
+        if self._exhausted or self._study.tried() >= self._space.budget.trials:
+            return False
+        return not self._is_late() or self._study.tried() == 0
 
     def _is_late(self) -> bool:
         hours = self._space.budget.hours
         return hours is not None and self._clock() > 3600 * hours
 
     def _drop_unstarted(self) -> None:
-        """Forget draws that only waited; those that were interrupted go on."""
-        rows = self._study.rows()
-        for draw in [draw for draw in self._waiting if rows[draw.number].started is None]:
-            self._study.drop(draw)
-            self._waiting.remove(draw)
+        """Forget draws that only waited; those that were interrupted go on, and the search must have its start."""
+        rows, start = self._study.rows(), self._study.start()
+        for draw in list(self._waiting):
+            if rows[draw.number].started is None and draw.number != start:
+                self._study.drop(draw)
+                self._waiting.remove(draw)
 
     def _is_computed_elsewhere(self, draw: Draw) -> bool:
         busy = {r.draw.stage1 for r in self._running.values()}

@@ -91,10 +91,11 @@ class Study:
         )
         self._study_id = self._storage.get_study_id_from_name(space.name)
         self._study.sampler = _sampler(space, len(self._study.trials))
-        drawn = [t for t in self._study.trials if "key" in t.user_attrs]  # a search may end while it draws one
+        # A search may end while it draws a trial; what was dropped may be drawn again.
+        drawn = [t for t in self._study.trials if "key" in t.user_attrs and _state(t) not in VOID]
         if not drawn and not any(t.state is TrialState.WAITING for t in self._study.trials):
             self._study.enqueue_trial(starting_values(space, config))
-        self._known = {t.user_attrs["key"]: t.number for t in drawn if _state(t) not in VOID}
+        self._known = {t.user_attrs["key"]: t.number for t in drawn}
 
     def _scratch(self) -> Path:
         """A folder on this machine for as long as the study is used."""

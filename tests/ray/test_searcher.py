@@ -122,6 +122,28 @@ def test_no_trial_starts_after_the_hours(tmp_path: Path) -> None:
     assert bench.searcher.suggest("x") == "FINISHED"
 
 
+def test_the_start_is_tried_even_if_preparing_used_up_the_hours(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, space(budget={"trials": 9, "hours": 0.5}))
+    bench.searcher._clock.before = 3600.0
+    first = bench.start()
+    assert first is not None
+    assert first[1]["is_start"]
+    assert bench.searcher.suggest("x") == "FINISHED"
+    bench.end(first)
+    assert bench.searcher.suggest("x") == "FINISHED"
+    assert bench.study.best() == first[1]["number"]
+
+
+def test_the_start_is_kept_though_it_had_not_begun_when_the_hours_ended(tmp_path: Path) -> None:
+    Bench(tmp_path, space()).study.ask()  # killed before it was handed on
+    late = Bench(tmp_path, space(budget={"trials": 9, "hours": 0.5}))
+    late.searcher._clock.before = 3600.0
+    first = late.start()
+    assert first is not None
+    assert (first[1]["is_start"], late.study.rows()[0].state) == (True, "running")
+    assert late.study.draw_of(0).config == Config()
+
+
 def test_after_the_hours_what_was_interrupted_goes_on_and_what_only_waited_does_not(tmp_path: Path) -> None:
     one_stage1 = parse_space({"parameters": {TOP_K: GRID[TOP_K]}, "budget": {"trials": 4, "hours": 0.5}})
     before = Bench(tmp_path, one_stage1)

@@ -176,6 +176,16 @@ def test_a_dropped_draw_is_no_trial_and_may_be_drawn_again(tmp_path: Path) -> No
     assert asked(again).values == dropped.values
 
 
+def test_a_dropped_start_is_drawn_first_again(tmp_path: Path) -> None:
+    study = opened(tmp_path)
+    start = asked(study)
+    study.drop(start)
+    again = opened(tmp_path)
+    first = asked(again)
+    assert first.values == start.values
+    assert again.start() == first.number
+
+
 def test_pruned_and_failed_trials_are_kept_and_never_best(tmp_path: Path) -> None:
     study = opened(tmp_path)
     good, pruned, failed = asked(study), asked(study), asked(study)
