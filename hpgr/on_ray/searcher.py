@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from types import SimpleNamespace
@@ -255,7 +255,20 @@ def _short(value: Any) -> str:
 
 class _Asha(AsyncHyperBandScheduler):  # type: ignore[misc]
     """ASHA that compares with the starting configuration but never stops it: only a finished trial can be the best, and
-    the search must not end below its start."""
+    the search must not end below its start.
+
+    `past` has the curves of trials that go on, by number. Without them a trial's next AUC, which is of a late epoch,
+    would also stand for it at the rungs that it passed before, and stop new trials there.
+    """
+
+    def __init__(self, past: dict[int, Sequence[tuple[float, float]]], **settings: Any) -> None:
+        super().__init__(**settings)
+        self._past = past
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        super().on_trial_add(tune_controller, trial)
+        for progress, auc in self._past.get(trial.config["number"], ()):
+            super().on_trial_result(tune_controller, trial, {TIME: progress, METRIC: auc})
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         decision = super().on_trial_result(tune_controller, trial, result)
@@ -265,9 +278,10 @@ class _Asha(AsyncHyperBandScheduler):  # type: ignore[misc]
 def asha(space: Space, epochs: int, past: list[TrialRow]) -> AsyncHyperBandScheduler:
     """ASHA on validation AUC by epoch, knowing what earlier sessions of the search have seen.
 
-    `epochs` are those of the longest trial. Trials of `past` that were interrupted go on, and tell for themselves.
+    `epochs` are those of the longest trial. Trials of `past` that were interrupted go on, under names that Tune gives.
     """
     scheduler = _Asha(
+        {row.number: row.curve for row in past if row.state == "running"},
         time_attr=TIME,
         metric=METRIC,
         mode="max",
@@ -276,7 +290,7 @@ def asha(space: Space, epochs: int, past: list[TrialRow]) -> AsyncHyperBandSched
         reduction_factor=space.scheduler.reduction,
     )
     for row in (row for row in past if row.state != "running"):
-        stand_in = SimpleNamespace(trial_id=f"past-{row.number}", config={"is_start": False})
+        stand_in = SimpleNamespace(trial_id=f"past-{row.number}", config={"is_start": False, "number": row.number})
         scheduler.on_trial_add(None, stand_in)
         for progress, auc in row.curve:
             scheduler.on_trial_result(None, stand_in, {TIME: progress, METRIC: auc})

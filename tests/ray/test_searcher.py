@@ -25,9 +25,9 @@ def space(**more: Any) -> Space:
     return parse_space({"parameters": GRID, "sampler": {"kind": "random"}, **more})
 
 
-def stand_in(name: str, is_start: bool = False) -> SimpleNamespace:
+def stand_in(name: str, is_start: bool = False, number: int = -1) -> SimpleNamespace:
     """What the scheduler sees of a trial."""
-    return SimpleNamespace(trial_id=name, config={"is_start": is_start})
+    return SimpleNamespace(trial_id=name, config={"is_start": is_start, "number": number})
 
 
 class Bench:
@@ -265,6 +265,9 @@ def test_asha_knows_what_earlier_sessions_saw() -> None:
 
     def decision(rows: list[TrialRow], auc: float) -> str:
         scheduler = asha(space(), 9, rows)
+        for row in rows:
+            if row.state == "running":
+                scheduler.on_trial_add(None, stand_in(f"again-{row.number}", number=row.number))
         scheduler.on_trial_add(None, new)
         return scheduler.on_trial_result(None, new, {"progress": 1.0, "best_auc": auc})
 
@@ -272,7 +275,31 @@ def test_asha_knows_what_earlier_sessions_saw() -> None:
     assert decision(past, 0.9) == "CONTINUE"
     assert decision([], 0.7) == "CONTINUE"
     interrupted = [replace(row, state="running") for row in past]
-    assert decision(interrupted, 0.7) == "CONTINUE", "they go on, and are recorded then"
+    assert decision(interrupted, 0.7) == "STOP"
+    assert decision(interrupted, 0.9) == "CONTINUE"
+
+
+def test_asha_knows_what_a_trial_that_goes_on_has_seen_itself() -> None:
+    """Or its late AUC would stand for it at early rungs, too, and stop trials that are as good as it was there."""
+    curve = [(epoch, 0.58 + 0.02 * epoch) for epoch in (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)]
+
+    def rungs_and_decision(killed_after: int) -> tuple[list[dict[str, float]], str]:
+        past = [TrialRow(n, "running", {}, 0.6, None, curve[:killed_after], 1.0, "", 0.0, 0.0, 1.0) for n in range(2)]
+        scheduler = asha(space(), 9, past)
+        trials = [stand_in(f"t{n}", number=n) for n in range(2)]
+        for trial in trials:
+            scheduler.on_trial_add(None, trial)
+        for progress, auc in curve[killed_after:]:
+            for trial in trials:
+                told = {"progress": progress, "best_auc": auc}
+                assert scheduler.on_trial_result(None, trial, told) == "CONTINUE"
+        new = stand_in("new", number=2)
+        scheduler.on_trial_add(None, new)
+        rungs = [dict(recorded) for _, recorded in scheduler._brackets[0]._rungs]
+        return rungs, scheduler.on_trial_result(None, new, {"progress": 1.0, "best_auc": 0.61})
+
+    assert rungs_and_decision(killed_after=0)[1] == "CONTINUE"
+    assert rungs_and_decision(killed_after=3) == rungs_and_decision(killed_after=0)
 
 
 def test_asha_never_stops_the_start_but_compares_with_it() -> None:
