@@ -190,8 +190,12 @@ class StudySearcher(Searcher):  # type: ignore[misc]
             return
         draw = running.draw
         kept: dict[str, Any] = {"stopped": self._clock(), "seconds": running.before + running.seconds, "phase": ""}
-        row = self._study.rows()[draw.number]
-        if self._study.owns(draw.number) and self._folder.exists(f"stage1/{draw.stage1}/done.json"):
+        rows = self._study.rows()
+        row = rows[draw.number]
+        # Two own a stage 1 if the first was lost before it was done; whoever ends first has its seconds.
+        counted = any(r.stage1_seconds and r.stage1 == row.stage1 for r in rows if r.number != draw.number)
+        owns = self._study.owns(draw.number) and not counted
+        if owns and self._folder.exists(f"stage1/{draw.stage1}/done.json"):
             kept["stage1_seconds"] = self._folder.read_json(f"stage1/{draw.stage1}/done.json")["seconds"]
         stage = result.get("stage")
         if error:

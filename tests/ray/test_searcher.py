@@ -241,6 +241,43 @@ def test_seconds_of_an_attempt_that_tune_started_anew_are_kept(tmp_path: Path) -
     assert bench.study.rows()[0].seconds == 37.0
 
 
+def test_a_store_knows_that_a_trial_was_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: dict[str, bytes] = {}
+    monkeypatch.setattr(Folder, "is_local", property(lambda self: False))
+    monkeypatch.setattr(Folder, "exists", lambda self, name="": name in written)
+    monkeypatch.setattr(Folder, "read", lambda self, name: written[name])
+    monkeypatch.setattr(Folder, "write", lambda self, name, content: written.__setitem__(name, content))
+    killed = Bench(tmp_path, space())
+    trial = killed.start()
+    assert trial is not None
+    after = Bench(tmp_path, space(budget={"trials": 9, "hours": 0.5}))
+    assert after.study.rows()[0].started is not None
+    assert after.study.owns(0)
+    after.searcher._clock.before = 3600.0
+    again = after.start()
+    assert again is not None
+    assert again[1] == trial[1]
+
+
+def test_seconds_of_a_stage_1_count_once_though_its_first_owner_was_lost(tmp_path: Path) -> None:
+    one_stage1 = parse_space({"parameters": {TOP_K: GRID[TOP_K]}, "budget": {"trials": 3}})
+    before = Bench(tmp_path, one_stage1)
+    lost = before.start()
+    assert lost is not None
+    before.searcher.on_trial_complete(lost[0], None, error=True)
+    for _ in range(2):
+        trial = before.start()
+        assert trial is not None
+        before.end(trial)
+    after = Bench(tmp_path, one_stage1)
+    again = after.start()
+    assert again is not None
+    assert again[1] == lost[1]
+    after.end(again)
+    rows = [row for row in after.study.rows() if row.state == "finished"]
+    assert sorted(row.stage1_seconds for row in rows) == [0.0, 0.0, 5.0]
+
+
 def test_what_was_interrupted_is_served_first_in_the_folder_it_had(tmp_path: Path) -> None:
     wanted = space(budget={"trials": 5})
     before = Bench(tmp_path, wanted)
