@@ -62,7 +62,8 @@ def _noted(method: Callable[Concatenate[StudySearcher, P], R]) -> Callable[Conca
     @wraps(method)
     def call(self: StudySearcher, /, *args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return method(self, *args, **kwargs)
+            with self._study.in_words():
+                return method(self, *args, **kwargs)
         except HpgrError as error:
             self.failure = self.failure or error
             raise

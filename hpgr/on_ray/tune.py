@@ -66,7 +66,7 @@ def _search(request: SearchRequest, say: Say) -> tuple[dict[str, Any], SearchDat
         study = Study(folder, space, config, lambda c: stage_key(c, prepared, "stage1"))  # asked for by draws alone
         clock = Clock(study.memory("seconds", 0.0), start)
         leftovers = Leftovers(folder, study, clock)
-        with watched(study, clock) as watch:
+        with study.in_words(), watched(study, clock) as watch:
             execute = RayExecute(say)
             prepared = prepared_log(config, execute, say)
             place = Place(prepared.folder.uri, folder.sub("stage1").uri, folder.sub("index").uri)
@@ -77,8 +77,9 @@ def _search(request: SearchRequest, say: Say) -> tuple[dict[str, Any], SearchDat
             watch.board, watch.clear = partial(job.board, searcher), leftovers.clear
             job.run(searcher, most)
             tested = job.promote()
-        found = job.conclude(tested)
-        leftovers.clear_all()
+        with study.in_words():
+            found = job.conclude(tested)
+            leftovers.clear_all()
         return found
 
 

@@ -12,8 +12,8 @@ import tempfile
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,15 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.exceptions import StorageInternalError
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
-from hpgr.artifacts import Folder, fingerprint
+from hpgr.artifacts import SPACE, Folder, fingerprint, refusal
 from hpgr.config import Config, dump, validate
-from hpgr.errors import ConfigError
+from hpgr.errors import ConfigError, StoreError
 from hpgr.report.trials import TrialRow
 from hpgr.search.space import Distribution, Space, draw, placed, starting_values
 
@@ -71,15 +73,23 @@ class Ended:
 
 
 class Study:
-    """The study of a search. Not safe for several writers: the driver alone holds it."""
+    """The study of a search. Not safe for several writers: the driver alone holds it.
+
+    What the disk refuses is Optuna's or SQLite's error; `in_words` around calls makes a StoreError of it.
+    """
 
     def __init__(self, folder: Folder, space: Space, config: Config, stage1_key: Callable[[Config], str]) -> None:
         self._folder, self._space, self._config, self._stage1_key = folder, space, config, stage1_key
         self._tree = dump(config)
         self._path = Path(folder.path(FILE)[1]) if folder.is_local else self._scratch() / FILE
+        with refusal("write", str(self._path), SPACE), self.in_words():
+            self._open()
+
+    def _open(self) -> None:
+        folder, space, config = self._folder, self._space, self._config
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         if not folder.is_local and folder.exists(FILE):
             self._path.write_bytes(folder.read(FILE))
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         down = len(space.objectives) - 1
         self._storage = optuna.storages.RDBStorage(f"sqlite:///{self._path}")
@@ -96,6 +106,14 @@ class Study:
         if not drawn and not any(t.state is TrialState.WAITING for t in self._study.trials):
             self._study.enqueue_trial(starting_values(space, config))
         self._known = {t.user_attrs["key"]: t.number for t in drawn}
+
+    @contextmanager
+    def in_words(self) -> Iterator[None]:
+        """Turns what the disk refuses of the file into a StoreError."""
+        try:
+            yield
+        except (StorageInternalError, SQLAlchemyError, sqlite3.Error) as error:
+            raise StoreError(f"cannot write {self._path}: {_innermost(error)}{SPACE}") from error
 
     def _scratch(self) -> Path:
         """A folder on this machine for as long as the study is used."""
@@ -330,6 +348,13 @@ class Study:
 
     def _attributes(self, number: int) -> dict[str, Any]:
         return self._storage.get_trial(self._id(number)).user_attrs
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """SQLite's own word: around it are SQLAlchemy's of the statement and Optuna's guess at the data."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _folder_name(number: int, key: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -199,6 +200,23 @@ def test_an_error_of_the_folder_is_kept_and_ends_the_search(tmp_path: Path, monk
     monkeypatch.undo()
     assert isinstance(bench.searcher.failure, StoreError)
     with pytest.raises(StoreError, match="the store is away"):
+        bench.searcher.suggest("next")
+
+
+def test_a_full_disk_is_told_in_words_and_ends_the_search(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, space())
+    trial = bench.start()
+    assert trial is not None
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "study.db").stat().st_size, limits[1]))
+    told = {"stage": "stage1", "epoch": "1" * 100_000, "seconds": 1.0}  # more than the file has room for
+    try:
+        with pytest.raises(StoreError, match=r"cannot write .*study\.db: disk I/O error; check space and permissions"):
+            bench.searcher.on_trial_result(trial[0], told)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert isinstance(bench.searcher.failure, StoreError)
+    with pytest.raises(StoreError, match="disk I/O error"):
         bench.searcher.suggest("next")
 
 

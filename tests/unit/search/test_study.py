@@ -13,6 +13,7 @@ import pytest
 
 from hpgr.artifacts import Folder, fingerprint
 from hpgr.config import Config
+from hpgr.errors import StoreError
 from hpgr.search.space import Space, parse_space, starting_values
 from hpgr.search.study import Draw, Study
 
@@ -184,6 +185,16 @@ def test_a_dropped_start_is_drawn_first_again(tmp_path: Path) -> None:
     first = asked(again)
     assert first.values == start.values
     assert again.start() == first.number
+
+
+def test_a_disk_that_refuses_the_file_is_told_in_words(tmp_path: Path) -> None:
+    (tmp_path / "a file").touch()
+    (tmp_path / "folder/study.db").mkdir(parents=True)
+    (tmp_path / "garbage").mkdir()
+    (tmp_path / "garbage/study.db").write_bytes(b"no database" * 100)
+    for name, reason in (("a file", ""), ("folder", "unable to open"), ("garbage", "not a database")):
+        with pytest.raises(StoreError, match=f"cannot write .*study.db: .*{reason}.*; check space and permissions"):
+            opened(tmp_path / name)
 
 
 def test_pruned_and_failed_trials_are_kept_and_never_best(tmp_path: Path) -> None:
