@@ -235,6 +235,9 @@ class _Search:
         best = self.study.best()
         if best is None:
             errors = [row.error.splitlines()[0] for row in self.study.rows() if row.state == "failed"]
+            if not errors and self.space.budget.hours is not None:
+                raise HpgrError("no trial finished: budget.hours ended before any trial could; raise "
+                                "space.budget.hours and --resume")  # fmt: skip
             kind = HpgrError if self.study.suspended() else TrainingError
             raise kind(f"no trial finished; {len(errors)} failed, the first with: {(errors or ['-'])[0]}")
         draw = self.study.draw_of(best)
