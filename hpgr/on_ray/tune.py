@@ -265,12 +265,12 @@ class _Search:
         draw, test = self.study.draw_of(best), metrics["stage2"]["test"]
         data = self.data(best, test)
         rows = {row.number: row for row in data.trials}
-        start = None if data.default is None else rows[data.default]
+        start, measure = data.default, data.measure()
         files = {"run": metrics["files"]["report"].removesuffix("/report.html")} | metrics["files"]
         result = {
             "best": {"trial": best, "auc": rows[best].auc, "values": draw.values, "test": test, **files},
             **data.account,
-            "default": {"trial": start.number, "auc": start.auc} if start is not None else None,
+            "default": {"trial": start, "auc": measure[1] if measure else None} if start is not None else None,
             "pareto": list(data.pareto),
             "history": [_plain(row) for row in data.trials],
             "nodes": [list(point) for point in data.nodes],

@@ -100,7 +100,7 @@ def _best_against_default(data: SearchData, best: TrialRow) -> Table:
 
 def _leaders_table(data: SearchData) -> Table:
     """The best trials, and the default if it is not among them."""
-    ranked, default = data.leaders(), data.trial(data.default)
+    ranked, default = data.leaders(), data.measure()
     rows = ranked[:LEADERS] + [pair for pair in ranked[LEADERS:] if pair[0].number == data.default]
     head = ["trial", "validation AUC", "over the default", *([data.cost_name] if data.cost_name else []), "training"]
     cells = [
@@ -145,7 +145,7 @@ def _section_history(data: SearchData) -> Section:
     title, scored = "Optimisation history", data.scored("finished", "pruned")
     if not scored:
         return Section("history", title, [Text("No trial has finished or was pruned: there is no AUC to draw.")])
-    default = data.trial(data.default)
+    default = data.measure()
     src = plots.history(_outcomes(scored, data.best), default[1] if default else None)
     caption = "Best validation AUC of each trial. A pruned trial shows what it had reached when it was stopped."
     return Section("history", title, [Drawing("", src, caption)])

@@ -63,6 +63,8 @@ class TrialRow:
     error: str = ""
     phase: str = ""
     """What a running trial does: "stage1 epoch 3"."""
+    suspended: bool = False
+    """Whether it failed by an accident, and is tried again when the search goes on."""
 
     def value(self, path: str) -> str:
         """The drawn value as it is written in YAML, - where it was not drawn."""
@@ -138,9 +140,17 @@ class SearchData:
         """The trial of that number beside its AUC, if it has one."""
         return next((pair for pair in self.scored() if pair[0].number == number), None)
 
+    def measure(self) -> tuple[TrialRow, float] | None:
+        """The default beside its AUC, once it has finished: one on the way is too low to measure others against."""
+        found = self.trial(self.default)
+        return found if found is not None and found[0].state == "finished" else None
+
     def gain(self) -> str:
         """What the best trial has over the default."""
-        best, default = self.trial(self.best), self.trial(self.default)
+        start = next((t for t in self.trials if t.number == self.default), None)
+        if start is not None and start.state != "finished":
+            return "the default did not finish" + "; --resume tries it again" * start.suspended
+        best, default = self.trial(self.best), self.measure()
         if best is None or default is None:
             return "the default has no AUC"
         if self.best == self.default:

@@ -206,7 +206,7 @@ class Study:
 
     def suspended(self) -> int:
         """How many trials read as failed but will be taken up again."""
-        return sum(t.state is TrialState.RUNNING and _state(t) == "failed" for t in self._trials())
+        return sum(row.suspended for row in self.rows())
 
     def drop(self, draw: Draw) -> None:
         """Forget a draw that was never started: it is no trial, and may be drawn again."""
@@ -338,6 +338,7 @@ class Study:
             stopped=kept.get("stopped"),
             error=kept.get("error", ""),
             phase=kept.get("phase", ""),
+            suspended=trial.state is TrialState.RUNNING and _state(trial) == "failed",
         )
 
     def _trials(self) -> list[FrozenTrial]:

@@ -141,6 +141,28 @@ def test_a_search_that_accidents_ended_can_go_on(tmp_path: Path) -> None:
         job.promote()
 
 
+def test_a_search_whose_hours_ended_before_any_trial_says_what_to_raise(tmp_path: Path) -> None:
+    job = job_of(tmp_path)
+    job.space = space(budget={"hours": 0.5})
+    with pytest.raises(HpgrError, match=r"raise space\.budget\.hours and --resume") as caught:
+        job.promote()
+    assert caught.value.goes_on
+
+
+def test_no_auc_is_told_of_a_default_that_did_not_finish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "stored_config", lambda *_: Config())
+    job = job_of(tmp_path)
+    start, best = job.study.ask(), job.study.ask()
+    assert start is not None
+    assert best is not None
+    job.study.suspend(start.number, auc=0.55, error="its process died")
+    job.study.finish(best.number, "finished", auc=0.7)
+    metrics = {"stage2": {"test": {"auc": 0.6}}, "files": {"report": "best/report.html"}}
+    result, data = job.conclude((best.number, metrics))
+    assert result["default"] == {"trial": start.number, "auc": None}
+    assert "--resume tries it again" in data.gain()
+
+
 def request(folder: Path, config: Config | None, wanted: Space | None, resume: bool = True) -> SearchRequest:
     return SearchRequest(str(folder), config, wanted, resume)
 

@@ -294,11 +294,25 @@ def test_a_search_of_one_trial_is_drawn(state):
     assert f"1 {state}" in search_summary(data, [])
 
 
+def test_nothing_is_measured_against_a_default_that_did_not_finish():
+    on_the_way = trial(0, "failed", auc=0.55, error="its process died")
+    for suspended, told in ((True, "the default did not finish; --resume tries it again"), (False, "did not finish")):
+        data = light(trials=[replace(on_the_way, suspended=suspended), trial(1), trial(2)])
+        assert data.measure() is None
+        assert data.gain().endswith(told)
+        assert told in " ".join(search_summary(data, []).split())
+        text = words(data)
+        assert f"{told}." in text
+        assert "over the default 0.5500" not in text
+        assert "+0." not in text
+    assert light().measure() == (trial(0), 0.7)
+
+
 def test_default_without_an_auc_and_conditions_that_never_held():
     rows = [replace(t, values={DROPOUT.path: 0.1}) for t in (trial(0, "failed"), trial(1), trial(2))]
     data = light(trials=rows, dimensions=DIMENSIONS)
     text = words(data)
-    assert "Trial 2 is best with a validation AUC of 0.7020: the default has no AUC." in text
+    assert "Trial 2 is best with a validation AUC of 0.7020: the default did not finish." in text
     assert "stage2.optimiser.lr - - 0.0002 to 0.005, log" in text
 
 
