@@ -19,8 +19,9 @@ from hpgr.errors import ConfigError
 
 Scalar = bool | int | float | str | None
 Pair = Annotated[list[float], Field(min_length=2, max_length=2)]
-FIXED = ("data", "name", "seed", "resources", "checkpoints", "evaluation")
-"""Sections that no space may vary: trials share the prepared log and are compared on the same seed and measure."""
+FIXED = ("data", "name", "seed", "resources", "checkpoints", "evaluation", "tracking")
+"""Sections that no space may vary: trials share the prepared log and are compared on the same seed and measure; who
+records the search changes nothing of it."""
 
 
 class Distribution(Section):
@@ -229,7 +230,8 @@ def _faults(
         except ConfigError as error:
             lines = [line.removeprefix("  - ") for line in str(error).splitlines()[1:]]
             faults += [f"{path}: value {value!r} is not allowed: {line}" for line in lines]
-    if not faults and not distribution.holds(leaves[path]):
+    drawn_at_start = all(_meets(leaves.get(p), wanted) for p, wanted in distribution.when.items())
+    if not faults and drawn_at_start and not distribution.holds(leaves[path]):
         faults.append(f"{path}: the search starts from {leaves[path]!r}, which the space does not hold; widen it, or "
                       f"start elsewhere with --set {path}=...")  # fmt: skip
     faults += [f"{path}: {fault}" for p, wanted in distribution.when.items()
@@ -252,8 +254,10 @@ def _condition_faults(path: str, wanted: Any, space: Space, tree: dict[str, Any]
             continue
         if taken != value or isinstance(taken, bool) != isinstance(value, bool):
             faults.append(f"when.{path}: value {value!r} is read as {taken!r}; write that")
-        elif drawn is not None and not drawn.holds(value):
+        elif drawn is not None and not drawn.holds(value) and not (drawn.when and value == leaves[path]):
             faults.append(f"when.{path}: value {value!r} is never drawn")
+    if not faults and drawn is None and not _meets(leaves[path], wanted):
+        faults.append(f"when.{path}: is always {leaves[path]!r}, never {wanted!r}, for the space does not vary it")
     return faults
 
 

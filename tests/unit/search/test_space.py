@@ -96,6 +96,24 @@ def test_the_start_must_be_in_the_space() -> None:
     check(space({"stream.session_gap_minutes": {"choice": [15, 30]}}), Config())
 
 
+def test_a_start_that_is_not_drawn_need_not_be_in_the_space() -> None:
+    """Its condition does not hold at the start, so the configuration's own value is no draw."""
+    ranges = {
+        "model.pgsa.enabled": {"choice": [True, False]},
+        TOP_K: {"choice": [4, 8], "when": {"model.pgsa.enabled": True}},
+    }
+    off = validate({"model": {"pgsa": {"enabled": False}}})
+    check(space(ranges), off)
+    assert starting_values(space(ranges), off) == {"model.pgsa.enabled": False}
+    assert "starts from 32, which the space does not hold" in faults(ranges)
+    # The key of a condition keeps its own value where it is not drawn itself.
+    check(space({**ranges, SIGMA: {"uniform": [0.0, 4.0], "when": {TOP_K: 32}}}), off)
+
+
+def test_who_records_a_search_is_no_setting_of_it() -> None:
+    assert "tracking.mlflow: trials share" in faults({"tracking.mlflow": {"choice": [None, "sqlite:///x"]}})
+
+
 def test_conditions_name_keys_that_are_drawn_before() -> None:
     late = {
         TOP_K: {"choice": [8, 32], "when": {"model.pgsa.enabled": True}},
@@ -115,6 +133,13 @@ def test_values_of_conditions_are_values_of_their_keys() -> None:
     widths = {"model.dropout": {"choice": [0.1, 0.2]}}
     assert "when.model.dropout: value 0.3 is never drawn" in told({"model.dropout": 0.3}, **widths)
     check(space({**widths, TOP_K: {"choice": [8, 32], "when": {"model.dropout": [0.2]}}}), Config())
+
+
+def test_a_condition_that_never_holds_is_refused() -> None:
+    text = faults({TOP_K: {"choice": [8, 32], "when": {"model.pgsa.enabled": False}}})
+    assert "when.model.pgsa.enabled: is always True, never False, for the space does not vary it" in text
+    assert "never ['candidate']" in faults({TOP_K: {"choice": [8, 32], "when": {"model.pgsa.scope": ["candidate"]}}})
+    check(space({TOP_K: {"choice": [8, 32], "when": {"model.pgsa.scope": ["candidate", "all"]}}}), Config())
 
 
 def test_whole_numbers_are_not_drawn_from_fractions() -> None:
