@@ -29,7 +29,7 @@ from hpgr.on_ray.parallel import cause
 from hpgr.on_ray.pipeline import versions
 from hpgr.on_ray.session import quieten
 from hpgr.on_ray.train import Crew, train_here, train_on_workers
-from hpgr.on_ray.trials import Place, cpus_of, demand, index_of, nested, run_of
+from hpgr.on_ray.trials import Place, cpus_of, index_of, nested, reserved, run_of
 from hpgr.search.matrix import Cell
 from hpgr.training.two_stage import Run, clear, has_ended
 
@@ -127,10 +127,10 @@ class Cells:
             if self._is_computed_elsewhere(work):
                 continue
             waiting.remove(work)
-            need = demand(work.cell.config)
+            need = reserved(work.cell.config)
             start = ray.remote(
-                num_cpus=0.01 if nested(work.cell.config) else need["CPU"],
-                num_gpus=0 if nested(work.cell.config) else need.get("GPU", 0),
+                num_cpus=need["CPU"],
+                num_gpus=need.get("GPU", 0),
                 max_retries=work.cell.config.resources.max_failures,
             )(_train_cell)
             settings = {"config": dump(work.cell.config), "stage1": work.stage1, "test": work.test}

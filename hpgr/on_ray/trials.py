@@ -27,6 +27,8 @@ from hpgr.training.two_stage import INDEXES, Run
 
 UNKNOWN_ROOM = 8
 """Trials or cells at once on a cluster whose autoscaler does not say how far it goes, and the user neither."""
+WAITING_CPUS = 0.01
+"""CPUs of a trial or cell that starts Ray Train workers: it only waits for them, but Ray must find it a place."""
 DONE, FAILED = "done", "failed"
 """Last report of a trial: `stage` is one of these."""
 
@@ -58,14 +60,14 @@ def demand(config: Config) -> dict[str, float]:
         return {"CPU": cpus, **({"GPU": 1.0} if resources.on_gpu else {})}
     data = resources.data_workers * resources.data_cpus
     return {
-        "CPU": resources.count * (cpus + data),
+        "CPU": resources.count * (cpus + data) + WAITING_CPUS,
         **({"GPU": float(resources.count)} if resources.on_gpu else {}),
     }
 
 
 def reserved(config: Config) -> dict[str, float]:
-    """Resources that Tune reserves: a trial that starts workers is itself next to nothing."""
-    return {"CPU": 0.01} if nested(config) else demand(config)
+    """Resources of a trial's or cell's own process: all of them, or next to nothing if it starts workers."""
+    return {"CPU": WAITING_CPUS} if nested(config) else demand(config)
 
 
 def places(config: Config, what: str, wanted: int | None) -> int:
@@ -75,7 +77,7 @@ def places(config: Config, what: str, wanted: int | None) -> int:
         ConfigError: it can never run one.
     """
     cluster, resources = here(), config.resources
-    beside = resources.data_cpus if nested(config) else 0.0
+    beside = resources.data_cpus + WAITING_CPUS if nested(config) else 0.0
     remedy = "lower resources.workers or resources.cpus_per_worker"
     workers, gpus = max(1, resources.count), float(resources.on_gpu)
     ask = Ask(f"worker of a {what}", remedy, workers, cpus_of(config), gpus, beside)

@@ -251,6 +251,18 @@ def test_no_cell_waits_for_a_stage_1_that_has_ended(tmp_path: Path) -> None:
     assert not job._is_computed_elsewhere(work)
 
 
+def test_room_is_left_for_the_trial_beside_its_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tune waits for it without a word."""
+    config = validate({"resources": {"workers": 2, "cpus_per_worker": 0.875, "data_workers": 1}})
+    monkeypatch.setattr(trials, "here", lambda: Cluster((Node(2),)))
+    with pytest.raises(ConfigError, match=r"0\.875 CPU, and 0\.26 CPU for data tasks can never be had"):
+        trials.places(config, "trial", None)
+    for nodes, most in (((Node(2.01),), 1), ((Node(2), Node(2)), 1), ((Node(4.5),), 1), ((Node(4.52),), 2)):
+        monkeypatch.setattr(trials, "here", lambda nodes=nodes: Cluster(nodes))
+        assert trials.places(config, "trial", None) == most
+    assert trials.demand(config)["CPU"] == pytest.approx(2.25 + trials.reserved(config)["CPU"])
+
+
 @pytest.mark.parametrize(("of", "workers", "told"), [("", 2, "2 worker(s), a"), ("trial", 1, "1 worker(s) of each t")])
 def test_auto_workers_are_settled_for_a_job_or_for_each_of_many(of: str, workers: int, told: str) -> None:
     said = list[str]()
