@@ -33,7 +33,7 @@ from hpgr.on_ray.cluster import here, settle
 from hpgr.on_ray.learnt import learn, names_of
 from hpgr.on_ray.noise import NoiseStudy
 from hpgr.on_ray.parallel import RayExecute, cause
-from hpgr.on_ray.pipeline import Say, changed_sections, prepared_log, versions
+from hpgr.on_ray.pipeline import Say, changed_sections, prepared_log, tell_of_copy, versions
 from hpgr.on_ray.searcher import Clock
 from hpgr.on_ray.session import session
 from hpgr.on_ray.tracking import check_tracking, record_comparison
@@ -70,6 +70,7 @@ def compare(request: CompareRequest, say: Say) -> tuple[dict[str, Any], CompareD
 def _compare(request: CompareRequest, say: Say) -> tuple[dict[str, Any], CompareData]:
     check_tracking(request.plan.base)
     plan, folder = open_comparison(request)
+    tell_of_copy(folder, say)
     with session(say):
         plan = replace(plan, base=settle(plan.base, here(), say, "cell"))
         job = _Comparison(plan, folder, say)

@@ -110,8 +110,7 @@ def _two_stage(request: Request, say: Say) -> tuple[dict[str, Any], str]:
     check_tracking(config)
     if folder.exists("metrics.json"):
         return _finished(folder, say)
-    if "/runtime_resources/" in folder.uri:
-        say(f"note: {folder.uri} is in the job's copy of its working directory and goes with it; give --run another")
+    tell_of_copy(folder, say)
     with journal(folder, say) as say, session(say):
         execute = RayExecute(say)
         ready = time.monotonic()
@@ -136,6 +135,12 @@ def _two_stage(request: Request, say: Say) -> tuple[dict[str, Any], str]:
     folder.write_json("metrics.json", metrics)
     record_run(config, folder, metrics, curves, say)
     return metrics, folder.uri
+
+
+def tell_of_copy(folder: Folder, say: Say) -> None:
+    """Tell if a job that was submitted to a cluster writes where its working directory is, which Ray deletes."""
+    if "/runtime_resources/" in folder.uri:
+        say(f"note: {folder.uri} is in the job's copy of its working directory and goes with it; give --run another")
 
 
 def _log_rows(run: Run) -> None:

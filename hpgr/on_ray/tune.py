@@ -22,7 +22,7 @@ from hpgr.on_ray.beside import watched
 from hpgr.on_ray.cluster import here, settle
 from hpgr.on_ray.leftovers import Leftovers
 from hpgr.on_ray.parallel import RayExecute
-from hpgr.on_ray.pipeline import Request, Say, changed_sections, prepared_log, two_stage, versions
+from hpgr.on_ray.pipeline import Request, Say, changed_sections, prepared_log, tell_of_copy, two_stage, versions
 from hpgr.on_ray.searcher import Clock, StudySearcher, asha
 from hpgr.on_ray.session import session
 from hpgr.on_ray.tracking import check_tracking, record_search
@@ -59,6 +59,7 @@ def search(request: SearchRequest, say: Say) -> tuple[dict[str, Any], SearchData
 def _search(request: SearchRequest, say: Say) -> tuple[dict[str, Any], SearchData]:
     start = time.monotonic()
     config, space, folder = open_search(request)
+    tell_of_copy(folder, say)
     check_tracking(config)
     with session(say):
         config = settle(config, here(), say, "trial")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,11 +19,12 @@ from ray.tune.error import TuneError
 from hpgr.artifacts import Folder
 from hpgr.config import Config, dump, validate
 from hpgr.errors import ArtifactError, ConfigError, DataError, HpgrError, StoreError, TrainingError, WorkersLostError
-from hpgr.on_ray import beside, cells, trials, tune
+from hpgr.on_ray import beside, cells, compare, pipeline, trials, tune
 from hpgr.on_ray.cluster import settle
 from hpgr.on_ray.searcher import Clock, StudySearcher
 from hpgr.on_ray.trials import Place
 from hpgr.on_ray.tune import SearchRequest, open_search, stored_config, stored_space
+from hpgr.search.matrix import Plan, parse_matrix
 from hpgr.search.space import Space, load_space, parse_space
 from hpgr.search.study import Study
 from hpgr.sizing import Cluster, Node
@@ -224,6 +227,32 @@ def test_accidents_are_tried_again_and_faults_are_told(
         trials.trial(settings, PLACE)
     assert told == []
     assert str(error) in (tmp_path / "error.txt").read_text()
+
+
+@pytest.mark.parametrize("job", ["search", "comparison", "run"])
+def test_a_folder_that_goes_with_the_submitted_job_is_told(
+    job: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Opened(Exception):
+        """What ends the job: it has told what it had to."""
+
+    @contextmanager
+    def session(_: Any) -> Iterator[None]:
+        raise Opened
+        yield
+
+    said, run = list[str](), str(tmp_path / "runtime_resources/working_dir_files/runs/r")
+    for module in (tune, compare, pipeline):
+        monkeypatch.setattr(module, "session", session)
+    plan = Plan(parse_matrix({"rows": {"hpgr": {}}}), Config())
+    starts: dict[str, Callable[[], Any]] = {
+        "search": lambda: tune.search(SearchRequest(run, Config(), space(), False), said.append),
+        "comparison": lambda: compare.compare(compare.CompareRequest(run, plan, False), said.append),
+        "run": lambda: pipeline.two_stage(pipeline.Request(run, Config(), False), said.append),
+    }
+    with pytest.raises(Opened):
+        starts[job]()
+    assert f"note: {run} is in the job's copy of its working directory" in said[0]
 
 
 def test_a_cell_that_lost_its_workers_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
