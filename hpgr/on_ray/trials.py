@@ -100,6 +100,7 @@ def trial(settings: dict[str, Any], place: Place) -> None:
         ray.tune.report(told | {"seconds": time.monotonic() - start})
 
     try:
+        folder.remove("error.txt")  # of an attempt before: this one's process may die without a word
         figures = _trained(run_of(validate(settings["config"]), folder, settings["stage1"], place), report)
     except Exception as error:
         if isinstance(error, HpgrError) and not error.goes_on:

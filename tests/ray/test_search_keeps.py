@@ -219,9 +219,11 @@ def test_accidents_are_tried_again_and_faults_are_told(
     monkeypatch.setattr(trials, step, fail)
     monkeypatch.setattr(ray.tune, "report", told.append)
     settings = {"config": {}, "folder": str(tmp_path), "stage1": ""}
+    (tmp_path / "error.txt").write_text("of an attempt before")
     if is_final:
         trials.trial(settings, PLACE)
         assert [(one["stage"], one["error"]) for one in told] == [("failed", str(error))]
+        assert not (tmp_path / "error.txt").exists()
         return
     with pytest.raises(type(error), match=str(error)):
         trials.trial(settings, PLACE)
