@@ -172,7 +172,10 @@ def _section_importance(data: SearchData) -> Section:
         text = "Too few trials have finished, or all are equal: which settings matter cannot be told."
         return Section("importance", title, [Text(text)])
     src = plots.importance([clip(short[path], 36) for path in matter], [data.importance[path] for path in matter])
-    caption = "Estimated share of each setting in what makes a trial good; with few trials a rough guide."
+    caption = (
+        "Estimated share of each setting in what makes a trial good; with few trials a rough guide. It speaks of what "
+        "the sampler still varied: a setting that TPE soon kept at its best value looks as if it mattered little."
+    )
     return Section("importance", title, [Drawing("", src, caption)])
 
 
