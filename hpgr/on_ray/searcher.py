@@ -160,6 +160,13 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         return stage1 in self._settled
 
     @_noted
+    def on_trial_start(self, trial_id: str) -> None:
+        """Write down when a trial's process first began: until then it may have waited for a node."""
+        running = self._running.get(trial_id)
+        if running is not None and self._study.rows()[running.draw.number].ran is None:
+            self._study.note(running.draw.number, ran=self._clock())
+
+    @_noted
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Write down a validation."""
         running = self._running.get(trial_id)

@@ -222,7 +222,7 @@ class _Search:
                 storage_path=path,
                 storage_filesystem=None if self.folder.is_local else filesystem,
                 failure_config=ray.tune.FailureConfig(max_failures=self.config.resources.max_failures),
-                callbacks=[_Recoveries(self.say)],
+                callbacks=[_Starts(searcher, self.say)],
                 verbose=0,
             ),
         )
@@ -334,11 +334,15 @@ class _Search:
         }
 
 
-class _Recoveries(ray.tune.Callback):  # type: ignore[misc]
-    """Tells in a line of trials that Tune starts anew, where it would print a traceback."""
+class _Starts(ray.tune.Callback):  # type: ignore[misc]
+    """Notes when trials have a process, and tells in a line of those that Tune starts anew, where it would print a
+    traceback."""
 
-    def __init__(self, say: Say) -> None:
-        self._say = say
+    def __init__(self, searcher: StudySearcher, say: Say) -> None:
+        self._searcher, self._say = searcher, say
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self._searcher.on_trial_start(trial.trial_id)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         told = Path(trial.error_file).read_text(errors="replace").strip().rpartition("\n")[2]

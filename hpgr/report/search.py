@@ -250,13 +250,15 @@ def _section_account(data: SearchData) -> Section:
 
 
 def _section_timeline(data: SearchData) -> Section:
-    known = [t for t in data.trials if t.started is not None]
+    # Of trials of an earlier version it is only known when they were given to Tune.
+    began = [(t, t.started if t.ran is None and t.seconds else t.ran) for t in data.trials]
+    known = [(t, at) for t, at in began if at is not None]
     if not known:
         return Section("timeline", "Timeline", [Text("No trial has started yet.")])
     nodes = [(at, alive) for at, alive, _ in data.nodes]
-    times = [*(t.started for t in known), *(t.stopped for t in known), *(at for at, _ in nodes)]
+    times = [*(at for _, at in known), *(t.stopped for t, _ in known), *(at for at, _ in nodes)]
     now = max(v for v in times if v is not None)
-    bars = [plots.Bar(t.number, t.started or 0.0, now if t.stopped is None else t.stopped, t.state) for t in known]
+    bars = [plots.Bar(t.number, at, now if t.stopped is None else t.stopped, t.state) for t, at in known]
     cluster = "The number of worker nodes was not recorded."
     if nodes:
         counts, cpus = [alive for _, alive in nodes], [c for _, _, c in data.nodes]

@@ -59,10 +59,13 @@ class TrialRow:
     stage1_seconds: float
     """What it spent computing stage 1; 0: it was reused."""
     started: float | None
+    """When it was given to Ray Tune, which may then wait for a node."""
     stopped: float | None
     error: str = ""
     phase: str = ""
     """What a running trial does: "stage1 epoch 3"."""
+    ran: float | None = None
+    """When its process first began."""
     suspended: bool = False
     """Whether it failed by an accident, and is tried again when the search goes on."""
 

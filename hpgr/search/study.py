@@ -335,6 +335,7 @@ class Study:
             stage1=kept.get("stage1", "")[:8],
             stage1_seconds=kept.get("stage1_seconds", 0.0),
             started=kept.get("started"),
+            ran=kept.get("ran"),
             stopped=kept.get("stopped"),
             error=kept.get("error", ""),
             phase=kept.get("phase", ""),

@@ -307,7 +307,7 @@ def test_a_trial_that_tune_starts_anew_is_told_in_a_line(tmp_path: Path) -> None
     said = list[str]()
     (tmp_path / "error.txt").write_text("Failure # 1\nTraceback ...\nhpgr.errors.StoreError: the store is away\n")
     trial = SimpleNamespace(error_file=str(tmp_path / "error.txt"), config={"number": 3})
-    tune._Recoveries(said.append).on_trial_recover(1, [], trial)
+    tune._Starts(cast("StudySearcher", None), said.append).on_trial_recover(1, [], trial)
     assert said == [
         "trial 3: interrupted (hpgr.errors.StoreError: the store is away), going on from its last checkpoint"
     ]

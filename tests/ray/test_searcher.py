@@ -14,6 +14,7 @@ from hpgr.artifacts import Folder, fingerprint
 from hpgr.config import Config
 from hpgr.errors import StoreError
 from hpgr.on_ray.searcher import Clock, StudySearcher, asha
+from hpgr.on_ray.tune import _Starts
 from hpgr.report.trials import TrialRow
 from hpgr.search.space import Space, parse_space
 from hpgr.search.study import VOID, Study
@@ -247,6 +248,24 @@ def test_ends_are_told_apart(tmp_path: Path) -> None:
     assert "died" in rows[3].error
     assert "one class" in rows[4].error
     assert len(bench.said) == 5
+
+
+def test_a_trial_has_run_only_since_it_had_a_process(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, space())
+    trial = bench.start()
+    assert trial is not None
+    started = bench.study.rows()[0].started
+    assert started is not None
+    assert bench.study.rows()[0].ran is None
+    bench.searcher._clock.before = 100.0  # while an autoscaler starts a node
+    starts, of = _Starts(bench.searcher, bench.said.append), SimpleNamespace(trial_id=trial[0])
+    starts.on_trial_start(0, [], of)
+    bench.searcher._clock.before = 200.0
+    starts.on_trial_start(1, [], of)  # started anew
+    row = bench.study.rows()[0]
+    assert row.started == started
+    assert row.ran is not None
+    assert 100.0 <= row.ran < 200.0
 
 
 def test_seconds_of_an_attempt_that_tune_started_anew_are_kept(tmp_path: Path) -> None:

@@ -195,6 +195,17 @@ def test_plots_show_the_trials_that_they_should(drawn):
     assert nodes == [(0.0, 1), (100.0, 3)]
 
 
+def test_bars_begin_when_trials_had_a_process_not_when_they_were_asked_for(drawn):
+    waited, lost = trial(1, ran=80.0), trial(2, "failed", seconds=0.0)
+    render_search(light(trials=[trial(0, ran=0.0), waited, lost]))
+    bars, _ = drawn["timeline"]
+    assert [(b.number, b.start, b.stop) for b in bars] == [(0, 0.0, 60.0), (1, 80.0, 110.0)]
+
+
+def test_importance_says_what_it_speaks_of():
+    assert "It speaks of what the sampler still varied" in words(full())
+
+
 def test_axes_hold_positions_of_numbers_and_categories(drawn):
     render_search(full())
     axes = {axis.label: axis for axis in drawn["slices"][0]}
