@@ -130,7 +130,8 @@ class Budget(Section):
     trials: Count = 32
     """Different configurations to try, the starting one included."""
     hours: Positive | None = None
-    """No trial starts later than this; running ones end. Preparing counts, and so do hours before a resume."""
+    """No trial starts later than this but the first; running ones end. Preparing counts, and so do hours before a
+    resume."""
 
 
 Objective = Literal["auc", "keys", "seconds_a_million"]
