@@ -52,7 +52,7 @@ def test_panels_lie_beside_each_other_and_use_the_chosen_source() -> None:
 
 def test_what_the_loop_tells_is_exported() -> None:
     meter = Meter()
-    meter.add(1.0, 1.0, [1, 1, 1, 1])
+    meter.add(1.0, 1.0, [1, 1, 1, 1, 1])
     assert meter.figures().keys() <= GAUGES.keys()
 
 

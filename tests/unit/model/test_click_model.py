@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from helpers_model import SIZES, inputs, random_batch, shaken, tiny
-from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from hpgr.errors import ConfigError
@@ -211,6 +210,7 @@ def test_maps_made_again_for_gradients_change_no_bit_and_are_not_held(name: str,
 @pytest.mark.parametrize(("name", "recompute"), [("hpgr", False), ("mtgr", True)])
 def test_compiled_attention_trains_as_the_reference_and_leaves_scores_alone(name: str, recompute: bool) -> None:
     check_compiler(torch.device("cpu"))
+    from torch._dynamo.utils import counters  # brings triton, which other tests must import first
 
     def trained(compiled: bool, events: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
         config, batch = tiny(model={"name": name, "pgsa": {"impl": "reference"}}), random_batch(3, events, 8)

@@ -95,10 +95,10 @@ def test_a_budget_beyond_the_grid_is_the_grid() -> None:
 
 def test_a_curve_has_the_rows_own_value_in_order_and_all_else_as_chosen() -> None:
     curves = plan(
-        seeds=[0, 1], sensitivity={"row": "full", "over": {TOP_K: [64, 4], "model.pgsa.max_keys": [8]}}
+        seeds=[0, 1], sensitivity={"row": "full", "over": {TOP_K: [64, 4], "model.pgsa.max_keys": [8, None]}}
     ).curves({LR: 0.002})
     assert [value for value, _ in curves[TOP_K]] == [4, 32, 64]
-    assert [value for value, _ in curves["model.pgsa.max_keys"]] == [8, None]
+    assert [value for value, _ in curves["model.pgsa.max_keys"]] == [8, 128, None]
     for value, cells in curves[TOP_K]:
         assert [c.seed for c in cells] == [0, 1]
         assert [(at(c.config, TOP_K), at(c.config, LR)) for c in cells] == [(value, 0.002)] * 2
