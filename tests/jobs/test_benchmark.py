@@ -243,7 +243,7 @@ def test_overhead_is_the_wall_clock_in_which_trials_do_not_train() -> None:
 
 @pytest.mark.slow
 def test_search_overhead(benchmark: Benchmark) -> None:
-    figures, _ = benchmark("search-overhead --users 120 --epochs 1 --trials 2")
+    figures, _ = benchmark("search-overhead --users 60 --epochs 1 --trials 1")
     assert figures["ratios"]["nested_over_in_trial"] > 0
     for way in ("in_trial", "nested"):
         assert 0 < figures["ratios"]["platform_overhead"][way] < 1
