@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hpgr import config as configuration
+from hpgr.artifacts import Folder
 from hpgr.data.preparation import Prepared, in_process, prepare
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,3 +131,14 @@ def shared_data() -> Callable[[str], str]:
         return str(folder / name)
 
     return find
+
+
+@pytest.fixture
+def store_in_memory(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """Every folder is remote from now on, and all that is written lies here by its name."""
+    written: dict[str, bytes] = {}
+    monkeypatch.setattr(Folder, "is_local", property(lambda self: False))
+    monkeypatch.setattr(Folder, "exists", lambda self, name="": name in written)
+    monkeypatch.setattr(Folder, "read", lambda self, name: written[name])
+    monkeypatch.setattr(Folder, "write", lambda self, name, content: written.__setitem__(name, content))
+    return written

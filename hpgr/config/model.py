@@ -34,10 +34,9 @@ class Pgsa(Section):
     """How it is computed. reference: weights over the whole history. gather: kept keys alone, time and memory linear in
     them; scores agree to 1e-5. triton: the same as fused kernels, on a CUDA GPU with the package triton and a C
     compiler, for up to 262,144 events; they screen anchors in half precision first (more than 496, or those of
-    sessions, torch chooses). auto: keys chosen
-    the fast way; on a CPU gather where a batch's padded histories are long (256 events, and four times the keys a query
-    may keep), on a GPU triton where it can run and histories are 200 events or more, else the whole history with its
-    weights."""
+    sessions, torch chooses). auto: keys chosen the fast way; on a CPU gather where a batch's padded histories are long
+    (256 events, and four times the keys a query may keep), on a GPU triton where it can run and histories are 200
+    events or more, else the whole history with its weights."""
 
 
 class Sem(Section):

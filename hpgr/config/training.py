@@ -104,8 +104,8 @@ class Scoring(Section):
 
 
 class Resources(Section):
-    """What a run takes of the cluster; it changes no result beyond rounding: workers add up
-    in another order, a GPU trains in bf16. `auto` is settled when Ray is there, see hpgr.sizing."""
+    """What a run takes of the cluster; it changes no result beyond rounding: workers add up in another order, a GPU
+    trains in bf16. `auto` is settled when Ray is there, see hpgr.sizing."""
 
     workers: Natural | Auto = 1
     """Ray Train workers; 0 trains inside the driver. auto: one a GPU, without GPUs one a node; a trial or a

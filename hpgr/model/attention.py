@@ -89,7 +89,7 @@ def recomputed(attention: Callable[..., Tensor], wanted: bool) -> Callable[..., 
     return partial(checkpoint, attention, use_reentrant=False, preserve_rng_state=False)
 
 
-def attention(compiled: bool) -> Callable[..., Tensor]:
+def training_attend(compiled: bool) -> Callable[..., Tensor]:
     """`attend`; compiled, if wanted, where gradients are, for fewer maps that go through memory.
 
     Values agree to float tolerance. Scores are always made by `attend` itself, so that how a model was trained says

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpgr.config import Model
-from hpgr.model.attention import attention, attention_shares, recomputed
+from hpgr.model.attention import attention_shares, recomputed, training_attend
 from hpgr.model.gather import Links, attend_kept
 from hpgr.model.noise import Dropout, Noise
 from hpgr.model.relation import Pairs, Relation
@@ -116,7 +116,7 @@ class HstuLayer(nn.Module):
         bias = self.bias(r.pairs)
         if isinstance(r.weights, Links):
             return attend_kept(q, *history_kv, own, bias, self.bias.own, r.weights)
-        return attention(self.compiled)(q, *history_kv, own, bias, self.bias.own, r.weights)
+        return training_attend(self.compiled)(q, *history_kv, own, bias, self.bias.own, r.weights)
 
     def shares(self, uvqk: tuple[Tensor, ...], history_kv: KeyValue, r: Relation) -> Tensor:
         """Share of each history event in a query's attention, mean over heads: [B, Q, N]."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpgr.config import Config, Model
-from hpgr.model.attention import attention, recomputed
+from hpgr.model.attention import recomputed, training_attend
 from hpgr.model.base import Past, TokenClick
 from hpgr.model.embedding import Sizes
 from hpgr.model.hstu import KeyValue, RelativeBias
@@ -80,7 +80,7 @@ class MtgrBlock(nn.Module):
         history twice (both forms)."""
         u, v, q, k = uvqk
         bias = bias if keys[0].shape[2] == bias.shape[-1] else torch.cat([bias, bias], -1)
-        attend = recomputed(attention(self.compiled), self.recompute)
+        attend = recomputed(training_attend(self.compiled), self.recompute)
         mixed = attend(q, *keys, (k, v), bias, self.bias.own, weights)
         mixed = mixed.transpose(1, 2).flatten(2)
         return x + self.dropouts[group](self.mlp(self.norm_out(mixed * u, group)), noise)

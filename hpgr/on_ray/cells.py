@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ from ray.exceptions import RayError
 from hpgr.artifacts import FORMAT, Folder
 from hpgr.config import Config, dump, to_yaml, validate
 from hpgr.data.preparation import Prepared
-from hpgr.errors import TrainingError
+from hpgr.errors import HpgrError, TrainingError
 from hpgr.on_ray.journal import journal
 from hpgr.on_ray.parallel import cause
 from hpgr.on_ray.pipeline import versions
@@ -176,9 +177,10 @@ def _train_cell(settings: dict[str, Any], folder: str, place: Place, phases: Any
             raise
         done = {"state": "failed", "error": str(error), "tested": settings["test"]}
     home.write_json(RECORD, done)
-    clear(home.sub("stage2"))
-    if run.stage1 is not None:
-        clear(run.stage1)
+    with suppress(HpgrError):  # what a store refuses to delete ends no cell that is done
+        clear(home.sub("stage2"))
+        if run.stage1 is not None and has_ended(run.stage1):
+            clear(run.stage1)
     return done
 
 

@@ -271,12 +271,8 @@ def test_seconds_of_an_attempt_that_tune_started_anew_are_kept(tmp_path: Path) -
     assert bench.study.rows()[0].seconds == 37.0
 
 
-def test_a_store_knows_that_a_trial_was_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written: dict[str, bytes] = {}
-    monkeypatch.setattr(Folder, "is_local", property(lambda self: False))
-    monkeypatch.setattr(Folder, "exists", lambda self, name="": name in written)
-    monkeypatch.setattr(Folder, "read", lambda self, name: written[name])
-    monkeypatch.setattr(Folder, "write", lambda self, name, content: written.__setitem__(name, content))
+@pytest.mark.usefixtures("store_in_memory")
+def test_a_store_knows_that_a_trial_was_begun(tmp_path: Path) -> None:
     killed = Bench(tmp_path, space())
     trial = killed.start()
     assert trial is not None

@@ -283,13 +283,9 @@ def test_tpe_beats_random_on_a_known_surface(tmp_path: Path) -> None:
     assert tpe > random
 
 
-def test_it_lives_on_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("store_in_memory")
+def test_it_lives_on_a_store(tmp_path: Path) -> None:
     """A remote folder gets the file after every draw and every end."""
-    written: dict[str, bytes] = {}
-    monkeypatch.setattr(Folder, "is_local", property(lambda self: False))
-    monkeypatch.setattr(Folder, "exists", lambda self, name="": name in written)
-    monkeypatch.setattr(Folder, "read", lambda self, name: written[name])
-    monkeypatch.setattr(Folder, "write", lambda self, name, content: written.__setitem__(name, content))
     study = opened(tmp_path)
     done, cut = asked(study), asked(study)
     finished(study, done, 0.7)
@@ -324,12 +320,8 @@ def test_a_store_never_gets_an_older_file_after_a_newer_one(tmp_path: Path, monk
 
 
 def test_a_store_gets_whole_commits_and_this_machine_keeps_no_copy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, store_in_memory: dict[str, bytes]
 ) -> None:
-    written: dict[str, bytes] = {}
-    monkeypatch.setattr(Folder, "is_local", property(lambda self: False))
-    monkeypatch.setattr(Folder, "exists", lambda self, name="": name in written)
-    monkeypatch.setattr(Folder, "write", lambda self, name, content: written.__setitem__(name, content))
     study = opened(tmp_path)
     with closing(sqlite3.connect(study._path, check_same_thread=False)) as other:
         other.execute("BEGIN EXCLUSIVE")
@@ -338,7 +330,7 @@ def test_a_store_gets_whole_commits_and_this_machine_keeps_no_copy(
         commit.start()
         study.save()
         commit.join()
-    (tmp_path / "copy.db").write_bytes(written["study.db"])
+    (tmp_path / "copy.db").write_bytes(store_in_memory["study.db"])
     with closing(sqlite3.connect(tmp_path / "copy.db")) as copy:
         assert copy.execute("SELECT count(*) FROM amid").fetchone() == (0,)
         assert copy.execute("PRAGMA integrity_check").fetchone() == ("ok",)
