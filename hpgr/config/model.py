@@ -83,7 +83,8 @@ class Model(Section):
     time_buckets: Annotated[int, Field(ge=4, le=64)] = 40
     """Buckets of log2 time differences."""
     match_features: bool = True
-    """Candidates carry how often and how recently the user engaged with them (visible past only)."""
+    """Candidates carry how often the user engaged with them, and when, how and how many events ago for the last time
+    (visible past only)."""
     sem: Sem = Sem()
     pgsa: Pgsa = Pgsa()
     mtgr: Mtgr = Mtgr()

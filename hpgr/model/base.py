@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpgr.config import Config
-from hpgr.model.embedding import EventEncoder, MatchFeatures, Sizes
+from hpgr.model.embedding import EventEncoder, Matches, MatchFeatures, Sizes
 from hpgr.model.inputs import Inputs, tiles
 from hpgr.model.noise import Noise
 from hpgr.model.pgsa import visible_mask
@@ -201,23 +201,26 @@ class TokenClick(ClickModel):
         super().__init__(config)
         model = config.model
         self.events = EventEncoder(model, sizes)
-        self.match = MatchFeatures(model.width, model.time_buckets) if model.match_features else None
+        self.match = MatchFeatures(model.width, model.time_buckets, sizes.actions) if model.match_features else None
         self.head = click_head(model.width, sizes.base_rate)
 
     def candidates(self, x: Inputs, noise: Noise | None, more: Tensor | float = 0.0) -> Tensor:
         """Candidate tokens, with what the visible past says of exactly their item, and `more`: [B, M, D]."""
-        match = 0.0 if self.match is None else self.match(x.c_time, *visible_matches(x))
+        match = 0.0 if self.match is None else self.match(x.c_time, visible_matches(x))
         return self.events.candidates(x, noise, match + more)
 
 
-def visible_matches(x: Inputs) -> tuple[Tensor, Tensor]:
-    """How many visible past events have the candidate's very item, and when the last of them was (0: none): [B, M]."""
+def visible_matches(x: Inputs) -> Matches:
+    """The candidates' matches in the histories: [B, M]."""
     (rows, n), found = x.h_item.shape, []
+    after = torch.arange(1, n + 1, device=x.h_item.device)
     for tile in tiles(rows, x.c_item.shape[1], n):
         same = (x.c_item[:, tile, None] == x.h_item[:, None, :]) & visible_mask(x.c_visible[:, tile], n)
-        found.append((same.sum(-1), torch.where(same, x.h_time[:, None, :], 0).amax(-1)))
+        found.append((same.sum(-1), (same * after).amax(-1)))
     count, last = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
-    return count, last
+    any_, place = count > 0, (last - 1).clamp(min=0)
+    time, action = x.h_time.gather(1, place), x.h_action.gather(1, place)
+    return Matches(count, time * any_, action * any_, (x.c_visible + 1 - last) * any_)
 
 
 def click_head(width: int, base_rate: float) -> nn.Sequential:

@@ -13,7 +13,7 @@ from hpgr.model.noise import Dropout, Noise
 from hpgr.model.timing import time_before, time_bucket
 from hpgr.schema import MASK, NO_ACTION, PAD
 
-MATCH_COUNTS = 6
+MATCH_COUNTS, MATCH_PLACES = 6, 8
 
 
 @dataclass(frozen=True)
@@ -111,23 +111,41 @@ class EventEncoder(nn.Module):
         return self.gap(bucket * (visible > 0))
 
 
+@dataclass(frozen=True)
+class Matches:
+    """Visible past events of exactly a candidate's item: how many, and of the last one (all 0 where there is none) its
+    time, its action, and its place counted back from 1, the last event that the candidate sees. [B, M] each."""
+
+    count: Tensor
+    time: Tensor
+    action: Tensor
+    back: Tensor
+
+
 class MatchFeatures(nn.Module):
-    """How often and how recently the user engaged with a candidate, in the visible past [D].
+    """How often the user engaged with a candidate, and when, how and how many events ago for the last time, in the
+    visible past [D].
 
     Exact matches that attention would have to find by dot product; unknown items match by their hash bucket.
     """
 
-    def __init__(self, width: int, buckets: int) -> None:
+    def __init__(self, width: int, buckets: int, actions: int) -> None:
         super().__init__()
         self.buckets = buckets
         self.count = nn.Embedding(MATCH_COUNTS, width)
         self.age = nn.Embedding(buckets + 1, width)
-        for table in (self.count, self.age):
+        self.action = nn.Embedding(actions, width)
+        self.back = nn.Embedding(MATCH_PLACES, width)
+        for table in (self.count, self.age, self.action, self.back):
             nn.init.zeros_(table.weight)
 
-    def forward(self, time: Tensor, n: Tensor, last: Tensor) -> Tensor:
-        """Candidates' times, how many visible past events have their item, and when the last was: [B, M] each ->
-        [B, M, D]."""
-        bucket = 1 + time_bucket(time - last, self.buckets)
-        count = torch.log2(1 + n.float()).ceil().long().clamp(max=MATCH_COUNTS - 1)
-        return self.count(count) + self.age(bucket * (n > 0))
+    def forward(self, time: Tensor, of: Matches) -> Tensor:
+        """Candidates' times and their matches: [B, M] each -> [B, M, D]."""
+        age = (1 + time_bucket(time - of.time, self.buckets)) * (of.count > 0)
+        count, back = _log_bucket(of.count, MATCH_COUNTS), _log_bucket(of.back, MATCH_PLACES)
+        return self.count(count) + self.age(age) + self.action(of.action) + self.back(back)
+
+
+def _log_bucket(n: Tensor, buckets: int) -> Tensor:
+    """0, 1, then powers of two up to the last bucket: [...]."""
+    return torch.log2(1 + n.float()).ceil().long().clamp(max=buckets - 1)

@@ -19,15 +19,15 @@ from hpgr.model.timing import time_before, time_bucket
 
 class LogisticClick(ClickModel):
     """A weight for each value of a candidate's features, for its age after the last event, for the log of how often
-    its item was engaged with and shown in training time and, with `match_features`, for how often and how recently
-    the user engaged with it. Nothing is learnt of single items or users."""
+    its item was engaged with and shown in training time and, with `match_features`, for how often, when and how the
+    user engaged with it. Nothing is learnt of single items or users."""
 
     popularity: Tensor
 
     def __init__(self, config: Config, sizes: Sizes) -> None:
         super().__init__(config)
         self.sizes, self.first_item = sizes, sizes.first_item
-        self.match = MatchFeatures(1, config.model.time_buckets) if config.model.match_features else None
+        self.match = MatchFeatures(1, config.model.time_buckets, sizes.actions) if config.model.match_features else None
         self.features = Features(sizes, 1)
         self.gap = nn.Embedding(config.model.time_buckets + 1, 1)
         self.popular = nn.Linear(2, 1)
@@ -53,7 +53,7 @@ class LogisticClick(ClickModel):
         logit = self.popular(self.popularity[x.c_item]) + self._gap(x)
         logit = logit + self.features(x.c_cat, x.c_num, self.sizes.t_cat, self.sizes.t_num)
         if self.match is not None:
-            logit = logit + self.match(x.c_time, *visible_matches(x))
+            logit = logit + self.match(x.c_time, visible_matches(x))
         return logit[..., 0].float()
 
     def _gap(self, x: Inputs) -> Tensor:

@@ -73,7 +73,7 @@ class ClickStage:
             stage.validate_every_steps,
         )
         self.optimiser, self.stream, self.validation = stage.optimiser, stream, validation
-        self.lr_shares: dict[str, float] = {}
+        self.lr_shares: dict[str, float] = {ITEM_TABLE: stage.new_item_lr_share}
         self.shrinkage, self.item_lr_share = stage.shrinkage, stage.item_lr_share
         self.model = click_model(config, sizes)
 

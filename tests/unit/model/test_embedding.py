@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpgr.model.base import visible_matches
-from hpgr.model.embedding import MATCH_COUNTS, EventEncoder, MatchFeatures
+from hpgr.model.embedding import MATCH_COUNTS, MATCH_PLACES, EventEncoder, MatchFeatures
 from hpgr.model.inputs import unpad
 from hpgr.model.timing import LONGEST, time_before, time_bucket
 from hpgr.schema import SECOND
@@ -86,26 +86,35 @@ def test_streams_share_the_tables_of_a_feature_they_both_show(encoder: EventEnco
 
 @pytest.mark.parametrize("places", [1, 3 * 40 * 4, 1 << 20])  # candidates one by one, in tiles, all at once
 def test_match_features_equal_the_loop(monkeypatch: pytest.MonkeyPatch, places: int) -> None:
-    """A count bucket (0, 1, then powers of two) and the age of the last match, from the visible past alone."""
-    match = MatchFeatures(tiny().model.width, tiny().model.time_buckets)
-    torch.nn.init.normal_(match.count.weight)
-    torch.nn.init.normal_(match.age.weight)
+    """How often, and of the last match its age, action and place from the end, in the visible past alone; counts and
+    places in buckets (0, 1, then powers of two)."""
+    match = MatchFeatures(tiny().model.width, tiny().model.time_buckets, SIZES.actions)
+    for table in (match.count, match.age, match.action, match.back):
+        torch.nn.init.normal_(table.weight)
     batch = random_batch(3, 40, 6, seed=1)
     batch = replace(batch, h_item=4 + batch.h_item % 5, t_item=4 + batch.t_item % 6)
     x = inputs(batch)
     same = (x.c_item[..., None] == x.h_item[:, None, :]) & (x.h_time[:, None, :] < x.c_time[..., None])
     monkeypatch.setattr("hpgr.model.inputs.MAP", places)
-    got = match(x.c_time, *visible_matches(x))
-    counts = set()
+    got = match(x.c_time, visible_matches(x))
+    counts, backs = set(), set()
     for b in range(3):
         for m in range(6):
             places = torch.nonzero(same[b, m]).flatten()
             n = len(places)
             counts.add(n)
             count = min(int(np.ceil(np.log2(1 + n))), MATCH_COUNTS - 1)
-            age = 1 + int(time_bucket(x.c_time[b, m] - x.h_time[b, places[-1]], match.buckets)) if n else 0
-            torch.testing.assert_close(got[b, m], match.count.weight[count] + match.age.weight[age])
+            age = action = back = 0
+            if n:
+                last = int(places[-1])
+                age = 1 + int(time_bucket(x.c_time[b, m] - x.h_time[b, last], match.buckets))
+                action, seen = int(x.h_action[b, last]), int(x.c_visible[b, m])
+                back = min(int(np.ceil(np.log2(1 + seen - last))), MATCH_PLACES - 1)
+            backs.add(back)
+            of_match = match.action.weight[action] + match.back.weight[back]
+            torch.testing.assert_close(got[b, m], match.count.weight[count] + match.age.weight[age] + of_match)
     assert {0, 1} < counts
+    assert {0, 1} < backs
 
 
 def test_padding_goes_and_comes_back_in_row_order() -> None:

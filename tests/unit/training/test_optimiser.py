@@ -112,9 +112,10 @@ def table_of(run: Run, stage: str) -> Tensor:
     return from_bytes(weights(run, stage))[ITEM_TABLE]
 
 
-def trained(folder: Path, share: float, pretrained: bool) -> tuple[Run, list[float]]:
+def trained(folder: Path, share: float, pretrained: bool, new: float = 1.0) -> tuple[Run, list[float]]:
     """A run of HSTU and the learning rates that it tells of."""
-    stages = {"stage1": {"enabled": pretrained, "epochs": 1}, "stage2": {"epochs": 1, "item_lr_share": share}}
+    shares = {"item_lr_share": share, "new_item_lr_share": new}
+    stages = {"stage1": {"enabled": pretrained, "epochs": 1}, "stage2": {"epochs": 1} | shares}
     run = make_run(log_config(folder, model={"name": "hstu"}, **stages), folder / "run")
     return run, [point["lr"] for point in train(run, worker(), test=False)["curves"]]
 
@@ -131,3 +132,13 @@ def test_inherited_item_vectors_learn_slowly_and_others_do_not(tmp_path: Path) -
     assert 0 < moved[0.1] < moved[1.0] / 2
     (ours, _), (theirs, _) = (trained(tmp_path / f"alone-{share}", share, pretrained=False) for share in (0.0, 1.0))
     assert torch.equal(table_of(ours, "stage2"), table_of(theirs, "stage2"))
+
+
+def test_item_vectors_from_nothing_learn_slowly_where_asked(tmp_path: Path) -> None:
+    def table(new: float, pretrained: bool) -> Tensor:
+        run, _ = trained(tmp_path / f"{new}-{pretrained}", 0.1, pretrained, new)
+        return table_of(run, "stage2")
+
+    least, slow, fast = (table(share, pretrained=False) for share in (1e-9, 0.1, 1.0))
+    assert 0 < float((slow - least).abs().mean()) < float((fast - least).abs().mean()) / 2
+    assert torch.equal(table(0.1, pretrained=True), table(1.0, pretrained=True))

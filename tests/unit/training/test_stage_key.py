@@ -33,6 +33,7 @@ FREE = {
     "model.pgsa.summaries": 0,
     "stage2.shrinkage": 5.0,
     "stage2.item_lr_share": 0.5,
+    "stage2.new_item_lr_share": 0.5,
     "stage2.action_weight": 0.5,
     "stream.stride": 4,
     "stage2.epochs": 3,
