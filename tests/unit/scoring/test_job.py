@@ -103,7 +103,8 @@ def test_a_user_without_history_is_scored_by_the_empty_history(ask: Ask, users: 
     assert account["users"] == account["users_without_history"] == 2
     assert account["pairs_without_history"] == 6
     by_user = [table.filter(pa.compute.equal(table["user"], u)).sort_by("item")["score"] for u in ("new", users[0])]
-    assert by_user[0].equals(by_user[1])
+    # Rows of one matrix product may differ in their last bit.
+    assert by_user[0].to_pylist() == pytest.approx(by_user[1].to_pylist(), rel=1e-6)
     assert 0 < by_user[0][0].as_py() < 1
 
 
