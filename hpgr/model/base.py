@@ -218,9 +218,9 @@ def visible_matches(x: Inputs) -> Matches:
         same = (x.c_item[:, tile, None] == x.h_item[:, None, :]) & visible_mask(x.c_visible[:, tile], n)
         found.append((same.sum(-1), (same * after).amax(-1)))
     count, last = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
-    any_, place = count > 0, (last - 1).clamp(min=0)
+    some, place = count > 0, (last - 1).clamp(min=0)
     time, action = x.h_time.gather(1, place), x.h_action.gather(1, place)
-    return Matches(count, time * any_, action * any_, (x.c_visible + 1 - last) * any_)
+    return Matches(count, time * some, action * some, (x.c_visible + 1 - last) * some)
 
 
 def click_head(width: int, base_rate: float) -> nn.Sequential:
