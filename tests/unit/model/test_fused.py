@@ -96,8 +96,9 @@ def test_halves_go_in_and_sums_are_whole() -> None:
         assert float((mine.float() - other).detach().norm() / other.detach().norm()) < 0.01
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="can fail on a GPU alone: the interpreter runs programs in turn")
 def test_gradients_are_the_same_bits_twice() -> None:
-    """Biases' too, whose sums many programs share. It can fail on a GPU alone: the interpreter runs them in turn."""
+    """Biases' too, whose sums many programs share."""
     once, twice = (values_and_gradients((2, 2, 20, 40, 8), torch.float32, True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
 
@@ -251,7 +252,7 @@ def outcome(impl: str, **pgsa: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """Scores and gradients of the click model."""
     torch.manual_seed(0)
     model = shaken(click_model(tiny(stream={"window": 9}, model={"pgsa": {"impl": impl, **pgsa}}), SIZES)).to(DEVICE)
-    output = model(pad(random_batch(3, 14, 4, seed=2), DEVICE))
+    output = model(pad(random_batch(2, 11, 3, seed=2), DEVICE, lanes=1))  # few places: the interpreter is slow
     output.loss.backward()
     return output.scores, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
