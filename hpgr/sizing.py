@@ -47,7 +47,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Ask:
-    """`count` processes of `cpus` and `gpus` each, and `beside` CPUs on any node for tasks that feed them.
+    """`count` processes of `cpus` and `gpus` each, and `beside` CPUs on any node for what feeds them or waits for them.
 
     `what` names a process in messages, `remedy` what to change to get by with less.
     """
@@ -61,7 +61,7 @@ class Ask:
 
     def __str__(self) -> str:
         each = f"{self.cpus:g} CPU" + (f" and {self.gpus:g} GPU" if self.gpus else "")
-        more = f", and {self.beside:g} CPU for data tasks" if self.beside else ""
+        more = f", and {self.beside:g} CPU for what runs beside" if self.beside else ""
         return f"{self.count} {self.what}(s) of {each}{more}"
 
 
