@@ -252,7 +252,7 @@ def outcome(impl: str, **pgsa: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """Scores and gradients of the click model."""
     torch.manual_seed(0)
     model = shaken(click_model(tiny(stream={"window": 9}, model={"pgsa": {"impl": impl, **pgsa}}), SIZES)).to(DEVICE)
-    output = model(pad(random_batch(2, 11, 3, seed=2), DEVICE, lanes=1))  # few places: the interpreter is slow
+    output = model(pad(random_batch(2, 11, 3, seed=2), DEVICE, lanes=4))  # few places: the interpreter is slow
     output.loss.backward()
     return output.scores, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
