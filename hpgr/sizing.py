@@ -61,7 +61,7 @@ class Ask:
 
     def __str__(self) -> str:
         each = f"{self.cpus:g} CPU" + (f" and {self.gpus:g} GPU" if self.gpus else "")
-        more = f", and {self.beside:g} CPU for what runs beside" if self.beside else ""
+        more = f", and {self.beside:g} CPU beside them" if self.beside else ""
         return f"{self.count} {self.what}(s) of {each}{more}"
 
 

@@ -288,7 +288,7 @@ def test_room_is_left_for_the_trial_beside_its_workers(monkeypatch: pytest.Monke
     """Tune waits for it without a word."""
     config = validate({"resources": {"workers": 2, "cpus_per_worker": 0.875, "data_workers": 1}})
     monkeypatch.setattr(trials, "here", lambda: Cluster((Node(2),)))
-    with pytest.raises(ConfigError, match=r"0\.875 CPU, and 0\.26 CPU for what runs beside can never be had"):
+    with pytest.raises(ConfigError, match=r"0\.875 CPU, and 0\.26 CPU beside them can never be had"):
         trials.places(config, "trial", None)
     for nodes, most in (((Node(2.01),), 1), ((Node(2), Node(2)), 1), ((Node(4.5),), 1), ((Node(4.52),), 2)):
         monkeypatch.setattr(trials, "here", lambda nodes=nodes: Cluster(nodes))
