@@ -256,12 +256,15 @@ def test_killed_twice_and_resumed(finished: tuple[Path, str], tmp_path: Path) ->
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         words = command("--run", "r", "--resume")
-    known = {p: p.stat().st_mtime_ns for p in tmp_path.glob("r/cells/*/stage2/best-*.safetensors")}
+    # Of the cells that had ended by now: one in the middle of its epochs may still find better weights.
+    finished_cells = tmp_path.glob("r/cells/*/stage2/done.json")
+    best = [done.parent / json.loads(done.read_text())["best_file"] for done in finished_cells]
+    known = {path: path.stat().st_mtime_ns for path in best}
     done = run(words, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(set(ended)) == len(ended) == 2
-    assert known
-    assert all(path.stat().st_mtime_ns == at for path, at in known.items() if (path.parent / "done.json").exists())
+    assert len(known) >= 2
+    assert {path: path.stat().st_mtime_ns for path in known} == known
     found = {m["model"]: m for m in result(tmp_path / "r")["models"]}
     undisturbed = {m["model"]: m for m in result(finished[0])["models"]}
     for name in ("full", "dense", "alone"):
