@@ -54,6 +54,15 @@ class Sem(Section):
     """Carry the SEM into stage 2; both its branches are gated from zero there."""
 
 
+class Asvd(Section):
+    factors: Natural = 64
+    """Numbers an item has in it, twice; 0 leaves it out."""
+    dropout: Share = 0.8
+    """Dropout of the products of two items' factors."""
+    baselines: bool = False
+    """Give it to hstu, mtgr and din too, to see how much of HPGR's distance to them it is."""
+
+
 class Mtgr(Section):
     mlp_ratio: Count = 2
     """Width of a block's MLP, in model widths."""
@@ -66,8 +75,8 @@ class Din(Section):
 
 class Model(Section):
     name: Literal["hpgr", "hstu", "mtgr", "din", "logistic"] = "hpgr"
-    """The click model of stage 2. The section `pgsa` and `sem.in_stage2` belong to hpgr alone; the others attend
-    densely to the flat history. Any of them can start from stage 1 (its event tokens are alike in all)."""
+    """The click model of stage 2. The sections `pgsa` and `asvd` and `sem.in_stage2` belong to hpgr alone; the
+    others attend densely to the flat history. Any of them can start from stage 1: its event tokens are alike in all."""
     width: Annotated[int, Field(ge=4)] = 64
     """Width of all token vectors; a multiple of `heads`."""
     heads: Count = 2
@@ -87,6 +96,7 @@ class Model(Section):
     (visible past only)."""
     sem: Sem = Sem()
     pgsa: Pgsa = Pgsa()
+    asvd: Asvd = Asvd()
     mtgr: Mtgr = Mtgr()
     din: Din = Din()
 
@@ -99,6 +109,11 @@ class Model(Section):
     def by_vectors(self) -> bool:
         """Whether the click model compares items by their vectors, in PGSA or in summaries."""
         return self.name == "hpgr" and (self.pgsa.enabled or self.pgsa.summaries > 0)
+
+    @property
+    def with_asvd(self) -> bool:
+        """Whether the click model has Asymmetric-SVD beside its encoder."""
+        return self.asvd.factors > 0 and (self.name == "hpgr" or self.asvd.baselines)
 
     @model_validator(mode="after")
     def _divides(self) -> Model:

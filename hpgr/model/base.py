@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpgr.config import Config
+from hpgr.model.asvd import AsymmetricSvd
 from hpgr.model.embedding import EventEncoder, Matches, MatchFeatures, Sizes
 from hpgr.model.inputs import Inputs, tiles
 from hpgr.model.noise import Noise
@@ -142,7 +143,7 @@ class ClickModel(nn.Module):
         self.config = self.config.model_copy(update={"pgsa": pgsa})
 
     def know_items(self, items: pa.Table) -> None:
-        """Take in training-time statistics of the catalogue (`count`, `shown` a row an item); most need none."""
+        """Take in training-time statistics of the catalogue: `count`, `shown` and `clicked`, a row an item."""
 
     def forward(self, x: Inputs, noise: Noise | None = None) -> Output:
         """Binary cross-entropy summed over labelled candidates, and every candidate's logit [B, M]."""
@@ -202,7 +203,17 @@ class TokenClick(ClickModel):
         model = config.model
         self.events = EventEncoder(model, sizes)
         self.match = MatchFeatures(model.width, model.time_buckets, sizes.actions) if model.match_features else None
+        self.asvd = AsymmetricSvd(model.asvd, sizes) if model.with_asvd else None
         self.head = click_head(model.width, sizes.base_rate)
+
+    def know_items(self, items: pa.Table) -> None:
+        if self.asvd is not None:
+            self.asvd.know_items(items)
+
+    def click(self, encoded: Tensor, x: Inputs, noise: Noise | None) -> Tensor:
+        """Encoded candidates [B, M, D] -> logits of a click [B, M]."""
+        logits = self.head(encoded)[..., 0].float()
+        return logits if self.asvd is None else logits + self.asvd(x, noise)
 
     def candidates(self, x: Inputs, noise: Noise | None, more: Tensor | float = 0.0) -> Tensor:
         """Candidate tokens, with what the visible past says of exactly their item, and `more`: [B, M, D]."""

@@ -62,4 +62,4 @@ class DinClick(TokenClick):
         c = self.candidates(x, noise)
         interest = self.norm((self.unit(c, h) * visible_mask(x.c_visible, h.shape[1])) @ h)
         mixed = self.dropout(F.gelu(self.mix(torch.cat([c, interest, c * interest], -1))), noise, stream=1)
-        return self.head(c + mixed)[..., 0].float()
+        return self.click(c + mixed, x, noise)

@@ -40,11 +40,7 @@ class HstuClick(TokenClick):
 
     def read(self, past: Past, x: Inputs, noise: Noise | None = None, shares: list[Tensor] | None = None) -> Tensor:
         """As in `ClickModel`; shares are of all events, so where they are wanted the reference attends."""
-        return self.click(self.encoded(past, x, noise, shares))
-
-    def click(self, encoded: Tensor) -> Tensor:
-        """Encoded candidates [B, M, D] -> logits of a click [B, M]."""
-        return self.head(encoded)[..., 0].float()
+        return self.click(self.encoded(past, x, noise, shares), x, noise)
 
     def encoded(self, past: Past, x: Inputs, noise: Noise | None, shares: list[Tensor] | None = None) -> Tensor:
         """Candidates after all layers: [B, M, D]."""
@@ -115,7 +111,7 @@ class HpgrClick(HstuClick):
         if not (self.training and self.action_weight):
             return super().forward(x, noise)
         encoded = self.encoded(self.past(x, noise), x, noise)
-        output = click_output(self.click(encoded), x)
+        output = click_output(self.click(encoded, x, noise), x)
         action = torch.where(x.c_real & (x.c_label >= 0), x.c_action, NO_ACTION)
         logits = self.action_head(encoded).float()
         loss = F.cross_entropy(logits.flatten(0, 1), action.flatten(), ignore_index=NO_ACTION, reduction="sum")

@@ -122,7 +122,7 @@ class MtgrClick(TokenClick):
         for block, (key, value) in zip(cast("list[MtgrBlock]", self.blocks), past.shown, strict=True):
             own = block.uvqk(c, CANDIDATE)
             c = block.update(c, own, (key, value), block.bias(pairs), sees, noise, CANDIDATE)
-        return self.head(c)[..., 0].float()
+        return self.click(c, x, noise)
 
     def _relation(self, x: Inputs, item: Tensor, time: Tensor, visible: Tensor, sees: Tensor) -> tuple[Pairs, Tensor]:
         relation = relate(x, item, time, visible, sees, self.config, self.window)

@@ -42,7 +42,7 @@ INDEXES = (
     "click-test",
 )
 
-ONLY_STAGE2 = ("name", "match_features", "pgsa", "mtgr", "din")
+ONLY_STAGE2 = ("name", "match_features", "pgsa", "asvd", "mtgr", "din")
 """Settings of the model that stage 1 does not have."""
 OF_OBJECTIVE = {"masked_item": ("sem",), "next_item": ("layers", "silu_on", "hstu_form")}
 """Settings of the model that stage 1 has under one objective alone."""
@@ -305,7 +305,7 @@ def loop_context(run: Run, worker: Worker, folder: Folder, stage: str) -> Contex
         checkpoints=config.checkpoints,
         recompute=config.resources.recompute,
         compile=config.resources.compile,
-        row_places=round_up(window) * config.model.width,
+        row_places=round_up(window) * max(config.model.width, config.model.asvd.factors if targets else 0),
         mock=partial(mock_batch, rows, window, targets, widths, sizes.first_item, config.stage1.mask_ratio),
         say=worker.say,
         report=worker.report,

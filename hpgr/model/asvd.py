@@ -1,0 +1,73 @@
+"""Asymmetric-SVD inside HPGR [D]: what the user did beyond what is usual for the items, compared with the candidate.
+
+Shapes: B rows, M candidates, N history events, F factors, A actions.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hpgr.config import Asvd
+from hpgr.model.embedding import Sizes
+from hpgr.model.inputs import Inputs
+from hpgr.model.noise import Dropout, Noise
+from hpgr.schema import NO_ACTION
+
+PRIOR = 5.0
+"""Impressions at the base rate that stand beside an item's own, or an action's, in what is usual of it."""
+STD, SCALE = 0.01, 25.0
+"""Factors start small and count for more, so that they learn faster than the rest of the model at its rate."""
+
+
+class AsymmetricSvd(nn.Module):
+    """A logit beside the encoder's: Asymmetric-SVD (Koren 2008, section 3.2) over the visible past [D].
+
+    Each event j of the history is worth r_j = value(action_j) - usual(item_j): how much better the user took the item
+    than its training click rate lets expect. With item factors p and q, and n visible events,
+
+        logit = bias_i + habit * sum_j r_j / (n + PRIOR) + SCALE * p_i . sum_j r_j q_j / sqrt(n + 1).
+
+    PGSA asks which past events are like the candidate and drops the rest; here all of them count, each a little, at a
+    cost linear in N. The click loss alone trains it, so it needs no stage 1. An item's factors are many for its few
+    impressions: dropout of the products p_i q_j is what keeps it from learning them by heart.
+    """
+
+    usual: Tensor
+
+    def __init__(self, config: Asvd, sizes: Sizes) -> None:
+        super().__init__()
+        self.first_item, self.base_rate = sizes.first_item, sizes.base_rate
+        self.past = nn.Embedding(sizes.items, config.factors)
+        self.candidate = nn.Embedding(sizes.items, config.factors)
+        self.bias = nn.Embedding(sizes.items, 1)
+        for table, std in ((self.past, STD), (self.candidate, STD), (self.bias, 0.0)):
+            nn.init.normal_(table.weight, std=std)
+        # By label and action; an impression without an action tells nothing of one.
+        known = torch.tensor(sizes.train_actions, dtype=torch.float32)
+        known[:, NO_ACTION] = 0
+        self.value = nn.Parameter((known[1] + PRIOR * sizes.base_rate) / (known.sum(0) + PRIOR))
+        self.habit = nn.Parameter(torch.zeros(()))
+        self.dropout = Dropout(config.dropout)
+        self.register_buffer("usual", torch.full((sizes.items,), sizes.base_rate))
+
+    def know_items(self, items: pa.Table) -> None:
+        """Click rates of the catalogue in training, those of rarely shown items near the base rate."""
+        clicked, shown = (items.column(name).to_numpy().astype(np.float64) for name in ("clicked", "shown"))
+        rates = (clicked + PRIOR * self.base_rate) / (shown + PRIOR)
+        self.usual[self.first_item :] = torch.from_numpy(rates).float()
+
+    def forward(self, x: Inputs, noise: Noise | None) -> Tensor:
+        """Logits to add to the candidates': [B, M]."""
+        beyond = (self.value[x.h_action] - self.usual[x.h_item])[..., None]
+        events = torch.cat([beyond, beyond * self.past(x.h_item)], -1)
+        upto = F.pad(events.cumsum(1), (0, 0, 1, 0))
+        rows = torch.arange(len(upto), device=upto.device)[:, None]
+        seen, n = upto[rows, x.c_visible], x.c_visible[..., None]
+        habit, taste = seen[..., :1], seen[..., 1:]
+        likeness = self.dropout(self.candidate(x.c_item) * taste, noise, stream=1).sum(-1, keepdim=True)
+        out = self.bias(x.c_item) + self.habit * habit / (n + PRIOR) + SCALE * likeness / (n + 1).sqrt()
+        return out[..., 0].float()
