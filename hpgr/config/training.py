@@ -64,8 +64,8 @@ class Stage2(Section):
     """Learning rate of inherited item vectors, as a share of the stage's: clicks tell less of most items than stage 1
     knows; 0 leaves them as they are. Without stage 1 there are none."""
     new_item_lr_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """The same of item vectors that begin at random, without stage 1. Less than 1 keeps a model from learning the
-    training clicks of rare items by heart."""
+    """The same of item vectors that begin at random: without stage 1, and those of `model.asvd`. Less than 1 keeps a
+    model from learning the training clicks of rare items by heart."""
     action_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of predicting, of each impression that is itself in the history, what was done with its item beside
     whether it was clicked, such as the rating. 0 leaves it out, and so does a log whose training impressions of one

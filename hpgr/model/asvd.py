@@ -17,6 +17,8 @@ from hpgr.model.inputs import Inputs
 from hpgr.model.noise import Dropout, Noise
 from hpgr.schema import NO_ACTION
 
+TABLES = ("asvd.past.weight", "asvd.candidate.weight", "asvd.bias.weight")
+"""Names of its tables of items in a click model."""
 PRIOR = 5.0
 """Impressions at the base rate that stand beside an item's own, or an action's, in what is usual of it."""
 STD, SCALE = 0.01, 25.0

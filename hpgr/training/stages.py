@@ -12,6 +12,7 @@ from hpgr.config import Config, Optimiser
 from hpgr.data.stream import Source, StreamSpec
 from hpgr.evaluation import click_scores, rank_next_items, score
 from hpgr.metrics import ClickScores
+from hpgr.model.asvd import TABLES as ASVD_TABLES
 from hpgr.model.base import ITEM_TABLE, Negatives
 from hpgr.model.embedding import Sizes
 from hpgr.model.registry import click_model, item_model
@@ -62,7 +63,7 @@ class ClickStage:
     """Stage 2. Validated by AUC."""
 
     name, metric = "stage2", "auc"
-    by_rows: tuple[str, ...] = (ITEM_TABLE,)
+    by_rows: tuple[str, ...] = (ITEM_TABLE, *ASVD_TABLES)
     shown: tuple[str, ...] = ("auc", "gauc", "log_loss")
 
     def __init__(self, config: Config, sizes: Sizes, stream: StreamSpec, validation: StreamSpec) -> None:
@@ -73,14 +74,14 @@ class ClickStage:
             stage.validate_every_steps,
         )
         self.optimiser, self.stream, self.validation = stage.optimiser, stream, validation
-        self.lr_shares: dict[str, float] = {ITEM_TABLE: stage.new_item_lr_share}
+        self.lr_shares: dict[str, float] = dict.fromkeys(self.by_rows, stage.new_item_lr_share)
         self.shrinkage, self.item_lr_share = stage.shrinkage, stage.item_lr_share
         self.model = click_model(config, sizes)
 
     def inherit(self, stage1: dict[str, Tensor], seen: Tensor) -> None:
         """Begin from stage 1's parameters; `seen` as in `ClickModel.inherit`."""
         self.model.inherit(stage1, seen, self.shrinkage)
-        self.lr_shares = {ITEM_TABLE: self.item_lr_share}
+        self.lr_shares |= {ITEM_TABLE: self.item_lr_share}
 
     def extras(self, step: int, device: torch.device) -> dict[str, Any]:
         """Nothing: batches hold all that the click loss asks."""
