@@ -21,8 +21,9 @@ TABLES = ("asvd.past.weight", "asvd.candidate.weight", "asvd.bias.weight")
 """Names of its tables of items in a click model."""
 PRIOR = 5.0
 """Impressions at the base rate that stand beside an item's own, or an action's, in what is usual of it."""
-STD, SCALE = 0.01, 25.0
-"""Factors start small and count for more, so that they learn faster than the rest of the model at its rate."""
+STD, GAIN, BY_VECTOR = 0.01, 5.0, 0.1
+"""Spread of the tables' factors at the start, what those count, so that they learn faster than the rest of the model at
+its rate, and spread of the maps of item vectors."""
 
 
 class AsymmetricSvd(nn.Module):
@@ -31,21 +32,28 @@ class AsymmetricSvd(nn.Module):
     Each event j of the history is worth r_j = value(action_j) - usual(item_j): how much better the user took the item
     than its training click rate lets expect. With item factors p and q, and n visible events,
 
-        logit = bias_i + habit * sum_j r_j / (n + PRIOR) + SCALE * p_i . sum_j r_j q_j / sqrt(n + 1).
+        logit = bias_i + habit * sum_j r_j / (n + PRIOR) + p_i . sum_j r_j q_j / sqrt(n + 1).
 
     PGSA asks which past events are like the candidate and drops the rest; here all of them count, each a little, at a
-    cost linear in N. The click loss alone trains it, so it needs no stage 1. An item's factors are many for its few
-    impressions: dropout of the products p_i q_j is what keeps it from learning them by heart.
+    cost linear in N. Factors are an item's own, learnt from clicks, plus a learnt map of the vector that chooses its
+    anchors, where the model has such: stage 1's vectors say which items come together, the maps what liking one says
+    of another. An item's own factors are many for its few impressions: dropout of the products of p_i with the sum is
+    what keeps them from learning those by heart.
     """
 
     usual: Tensor
 
-    def __init__(self, config: Asvd, sizes: Sizes) -> None:
+    def __init__(self, config: Asvd, sizes: Sizes, vectors: int) -> None:
+        """`vectors` is the width of the item vectors that `forward` gets; 0 is without them."""
         super().__init__()
         self.first_item, self.base_rate = sizes.first_item, sizes.base_rate
         self.past = nn.Embedding(sizes.items, config.factors)
         self.candidate = nn.Embedding(sizes.items, config.factors)
         self.bias = nn.Embedding(sizes.items, 1)
+        maps = [nn.Linear(vectors, config.factors, bias=False) for _ in range(2 if vectors else 0)]
+        for each in maps:
+            nn.init.normal_(each.weight, std=BY_VECTOR)
+        self.maps = nn.ModuleList(maps)
         for table, std in ((self.past, STD), (self.candidate, STD), (self.bias, 0.0)):
             nn.init.normal_(table.weight, std=std)
         # By label and action; an impression without an action tells nothing of one.
@@ -62,14 +70,18 @@ class AsymmetricSvd(nn.Module):
         rates = (clicked + PRIOR * self.base_rate) / (shown + PRIOR)
         self.usual[self.first_item :] = torch.from_numpy(rates).float()
 
-    def forward(self, x: Inputs, noise: Noise | None) -> Tensor:
-        """Logits to add to the candidates': [B, M]."""
+    def forward(self, x: Inputs, vectors: tuple[Tensor, Tensor] | None, noise: Noise | None) -> Tensor:
+        """Logits to add to the candidates': [B, M]. `vectors` are the candidates' and the history's, [B, M, D] and
+        [B, N, D]."""
+        own, past = GAIN * self.candidate(x.c_item), GAIN * self.past(x.h_item)
+        if vectors is not None:
+            own, past = (t + by(v) for t, by, v in zip((own, past), self.maps, vectors, strict=True))
         beyond = (self.value[x.h_action] - self.usual[x.h_item])[..., None]
-        events = torch.cat([beyond, beyond * self.past(x.h_item)], -1)
+        events = torch.cat([beyond, beyond * past], -1)
         upto = F.pad(events.cumsum(1), (0, 0, 1, 0))
         rows = torch.arange(len(upto), device=upto.device)[:, None]
         seen, n = upto[rows, x.c_visible], x.c_visible[..., None]
         habit, taste = seen[..., :1], seen[..., 1:]
-        likeness = self.dropout(self.candidate(x.c_item) * taste, noise, stream=1).sum(-1, keepdim=True)
-        out = self.bias(x.c_item) + self.habit * habit / (n + PRIOR) + SCALE * likeness / (n + 1).sqrt()
+        likeness = self.dropout(own * taste, noise, stream=1).sum(-1, keepdim=True)
+        out = self.bias(x.c_item) + self.habit * habit / (n + PRIOR) + likeness / (n + 1).sqrt()
         return out[..., 0].float()

@@ -203,7 +203,8 @@ class TokenClick(ClickModel):
         model = config.model
         self.events = EventEncoder(model, sizes)
         self.match = MatchFeatures(model.width, model.time_buckets, sizes.actions) if model.match_features else None
-        self.asvd = AsymmetricSvd(model.asvd, sizes) if model.with_asvd else None
+        vectors = model.width if model.by_vectors else 0
+        self.asvd = AsymmetricSvd(model.asvd, sizes, vectors) if model.with_asvd else None
         self.head = click_head(model.width, sizes.base_rate)
 
     def know_items(self, items: pa.Table) -> None:
@@ -213,7 +214,12 @@ class TokenClick(ClickModel):
     def click(self, encoded: Tensor, x: Inputs, noise: Noise | None) -> Tensor:
         """Encoded candidates [B, M, D] -> logits of a click [B, M]."""
         logits = self.head(encoded)[..., 0].float()
-        return logits if self.asvd is None else logits + self.asvd(x, noise)
+        return logits if self.asvd is None else logits + self.asvd(x, self.compared(x), noise)
+
+    def compared(self, x: Inputs) -> tuple[Tensor, Tensor] | None:
+        """Vectors of the candidates' items and of the histories', [B, M, D] and [B, N, D], of models that compare
+        items by them."""
+        return None
 
     def candidates(self, x: Inputs, noise: Noise | None, more: Tensor | float = 0.0) -> Tensor:
         """Candidate tokens, with what the visible past says of exactly their item, and `more`: [B, M, D]."""

@@ -149,6 +149,9 @@ class HpgrClick(HstuClick):
         rows = torch.arange(x.h_item.shape[0], device=x.h_item.device)[:, None, None]
         return self.preference(relevance, x.h_action[rows, place], real)
 
+    def compared(self, x: Inputs) -> tuple[Tensor, Tensor] | None:
+        return self.anchor_vectors(x.c_item), self.anchor_vectors(x.h_item)
+
     def history_vectors(self, x: Inputs) -> Tensor | None:
         return self.anchor_vectors(x.h_item) if self.config.sparse else None
 

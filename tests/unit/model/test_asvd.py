@@ -10,7 +10,7 @@ import torch
 from helpers_model import SIZES, inputs, random_batch, shaken, tiny
 
 from hpgr.config import Asvd
-from hpgr.model.asvd import PRIOR, SCALE, AsymmetricSvd
+from hpgr.model.asvd import GAIN, PRIOR, AsymmetricSvd
 from hpgr.model.noise import Noise, number_sites
 from hpgr.model.registry import click_model
 from hpgr.schema import NO_ACTION
@@ -18,28 +18,33 @@ from hpgr.schema import NO_ACTION
 CATALOGUE = SIZES.items - SIZES.first_item
 
 
-def made() -> AsymmetricSvd:
+def made(vectors: int = 0) -> AsymmetricSvd:
     torch.manual_seed(0)
-    out = shaken(AsymmetricSvd(Asvd(factors=5, dropout=0.5), SIZES))
+    out = shaken(AsymmetricSvd(Asvd(factors=5, dropout=0.5), SIZES, vectors))
     out.know_items(pa.table({"clicked": [3] * CATALOGUE, "shown": range(3, 3 + CATALOGUE)}))
     return out
 
 
-def test_it_equals_the_loop() -> None:
+@pytest.mark.parametrize("width", [0, 8])
+def test_it_equals_the_loop(width: int) -> None:
     """Koren's sum over the visible past in plain Python; without a past the item's bias is left."""
-    x, asvd = inputs(random_batch(3, 12, 6, seed=1)), made()
+    x, asvd, vectors = inputs(random_batch(3, 12, 6, seed=1)), made(width), torch.randn(SIZES.items, width)
     x.c_visible[0, 0] = 0
     with torch.no_grad():
-        got, past = asvd(x, None), set()
+        own, taken = (
+            GAIN * table.weight + (vectors @ asvd.maps[i].weight.T if width else 0)
+            for i, table in enumerate((asvd.candidate, asvd.past))
+        )
+        got, past = asvd(x, (vectors[x.c_item], vectors[x.h_item]) if width else None, None), set()
         for b in range(3):
             for m in range(6):
                 n, item = int(x.c_visible[b, m]), x.c_item[b, m]
                 habit, taste = 0.0, torch.zeros(5)
                 for j in range(n):
                     beyond = float(asvd.value[x.h_action[b, j]] - asvd.usual[x.h_item[b, j]])
-                    habit, taste = habit + beyond, taste + beyond * asvd.past.weight[x.h_item[b, j]]
+                    habit, taste = habit + beyond, taste + beyond * taken[x.h_item[b, j]]
                 expected = float(asvd.bias.weight[item]) + float(asvd.habit) * habit / (n + PRIOR)
-                expected += SCALE * float(asvd.candidate.weight[item] @ taste) / math.sqrt(n + 1)
+                expected += float(own[item] @ taste) / math.sqrt(n + 1)
                 assert float(got[b, m]) == pytest.approx(expected, abs=1e-4)
                 past.add(n)
     assert {0, 12} < past
@@ -53,7 +58,7 @@ def test_what_is_usual_is_the_training_click_rate_and_the_base_rate_of_unknown_i
 
 
 def test_an_action_is_worth_its_click_rate_at_the_start() -> None:
-    asvd = AsymmetricSvd(Asvd(), SIZES)
+    asvd = AsymmetricSvd(Asvd(), SIZES, 0)
     for action in range(SIZES.actions):
         missed, clicked = (counts[action] if action != NO_ACTION else 0 for counts in SIZES.train_actions)
         rate = (clicked + PRIOR * SIZES.base_rate) / (missed + clicked + PRIOR)
@@ -64,10 +69,10 @@ def test_dropout_takes_products_while_training() -> None:
     x, asvd = inputs(random_batch(3, 12, 6, seed=1)), made()
     number_sites(asvd)
     noises = [Noise(seed, x.key, 12 * 5) for seed in (1, 1, 2)]
-    first, again, other = (asvd.train()(x, noise) for noise in noises)
+    first, again, other = (asvd.train()(x, None, noise) for noise in noises)
     assert torch.equal(first, again)
     assert not torch.allclose(first, other)
-    assert torch.equal(asvd.eval()(x, noises[0]), asvd(x, None))
+    assert torch.equal(asvd.eval()(x, None, noises[0]), asvd(x, None, None))
 
 
 @pytest.mark.parametrize("name", ["hstu", "mtgr", "din"])
@@ -78,6 +83,6 @@ def test_baselines_have_it_when_asked(name: str) -> None:
     assert not any(key.startswith("asvd") for key in without.state_dict())
     without.load_state_dict({k: v for k, v in with_it.state_dict().items() if not k.startswith("asvd")})
     with torch.no_grad():
-        beside = with_it.asvd(x, None)
+        beside = with_it.asvd(x, None, None)
         assert beside.abs().min() > 0
         torch.testing.assert_close(with_it(x).scores, without.eval()(x).scores + beside)
