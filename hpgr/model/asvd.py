@@ -79,7 +79,7 @@ class AsymmetricSvd(nn.Module):
         beyond = (self.value[x.h_action] - self.usual[x.h_item])[..., None]
         events = torch.cat([beyond, beyond * past], -1)
         upto = F.pad(events.cumsum(1), (0, 0, 1, 0))
-        rows = torch.arange(len(upto), device=upto.device)[:, None]
+        rows = torch.arange(upto.shape[0], device=upto.device)[:, None]
         seen, n = upto[rows, x.c_visible], x.c_visible[..., None]
         habit, taste = seen[..., :1], seen[..., 1:]
         likeness = self.dropout(own * taste, noise, stream=1).sum(-1, keepdim=True)
