@@ -56,7 +56,8 @@ class Sem(Section):
 
 class Asvd(Section):
     factors: Natural = 64
-    """Numbers an item has in it, twice; 0 leaves it out."""
+    """Numbers an item has in it, twice; 0 leaves it out, and so does a log whose actions tell no more of training
+    impressions than their labels: it reads how much items were liked, and clicks alone do not say."""
     dropout: Share = 0.8
     """Dropout of the products of two items' factors."""
     baselines: bool = False
@@ -112,7 +113,7 @@ class Model(Section):
 
     @property
     def with_asvd(self) -> bool:
-        """Whether the click model has Asymmetric-SVD beside its encoder."""
+        """Whether the click model has Asymmetric-SVD beside its encoder, where the log's actions are graded."""
         return self.asvd.factors > 0 and (self.name == "hpgr" or self.asvd.baselines)
 
     @model_validator(mode="after")

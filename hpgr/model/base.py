@@ -204,7 +204,7 @@ class TokenClick(ClickModel):
         self.events = EventEncoder(model, sizes)
         self.match = MatchFeatures(model.width, model.time_buckets, sizes.actions) if model.match_features else None
         vectors = model.width if model.by_vectors else 0
-        self.asvd = AsymmetricSvd(model.asvd, sizes, vectors) if model.with_asvd else None
+        self.asvd = AsymmetricSvd(model.asvd, sizes, vectors) if model.with_asvd and sizes.graded else None
         self.head = click_head(model.width, sizes.base_rate)
 
     def know_items(self, items: pa.Table) -> None:

@@ -36,6 +36,11 @@ class Sizes:
     base_rate: float
     train_actions: tuple[tuple[int, ...], ...]
 
+    @property
+    def graded(self) -> bool:
+        """Whether what was done with a training impression tells more than its label, as ratings do."""
+        return any(sum(n > 0 for a, n in enumerate(of) if a != NO_ACTION) > 1 for of in self.train_actions)
+
 
 class Features(nn.Module):
     """Sum of a token's side features; tables are shared by the streams that show the same feature."""

@@ -92,10 +92,10 @@ class HpgrClick(HstuClick):
         frozen = model.by_vectors and model.pgsa.anchors == "frozen"
         self.register_buffer("anchor_table", torch.zeros(sizes.items if frozen else 0, model.width))
         self.register_buffer("trust", torch.ones(sizes.items if model.by_vectors else 0, 1))
-        known = torch.tensor(sizes.train_actions).index_fill(1, torch.tensor(NO_ACTION), 0)
         # Actions that the label alone tells apart would be the click's question again.
-        self.action_weight = config.stage2.action_weight if ((known > 0).sum(1) > 1).any() else 0.0
+        self.action_weight = config.stage2.action_weight if sizes.graded else 0.0
         if self.action_weight:
+            known = torch.tensor(sizes.train_actions).index_fill(1, torch.tensor(NO_ACTION), 0)
             last, rates = nn.Linear(model.width, sizes.actions), known.sum(0) + 1
             with torch.no_grad():
                 last.bias.copy_((rates / rates.sum()).log())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pyarrow as pa
 import pytest
@@ -73,6 +74,17 @@ def test_dropout_takes_products_while_training() -> None:
     assert torch.equal(first, again)
     assert not torch.allclose(first, other)
     assert torch.equal(asvd.eval()(x, None, noises[0]), asvd(x, None, None))
+
+
+@pytest.mark.parametrize(
+    ("counts", "there"),
+    [(((9, 3, 0, 0, 0), (0, 0, 5, 0, 1)), True), (((9, 0, 3, 0, 0), (9, 0, 0, 0, 5)), False)],
+    ids=["an action more than labels", "an action a label"],
+)
+def test_it_is_there_where_actions_say_more_than_the_label(counts: tuple[tuple[int, ...], ...], there: bool) -> None:
+    built = click_model(tiny(), replace(SIZES, train_actions=counts))
+    assert (built.asvd is not None) == there
+    assert click_model(tiny(model={"asvd": {"factors": 0}}), SIZES).asvd is None
 
 
 @pytest.mark.parametrize("name", ["hstu", "mtgr", "din"])
