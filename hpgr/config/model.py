@@ -108,8 +108,8 @@ class Model(Section):
 
     @property
     def by_vectors(self) -> bool:
-        """Whether the click model compares items by their vectors: in PGSA, summaries or Asymmetric-SVD."""
-        return self.name == "hpgr" and (self.pgsa.enabled or self.pgsa.summaries > 0 or self.asvd.factors > 0)
+        """Whether the click model compares items by their vectors, in PGSA or in summaries."""
+        return self.name == "hpgr" and (self.pgsa.enabled or self.pgsa.summaries > 0)
 
     @property
     def with_asvd(self) -> bool:

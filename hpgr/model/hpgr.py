@@ -150,7 +150,7 @@ class HpgrClick(HstuClick):
         return self.preference(relevance, x.h_action[rows, place], real)
 
     def compared(self, x: Inputs) -> tuple[Tensor, Tensor] | None:
-        return self.anchor_vectors(x.c_item), self.anchor_vectors(x.h_item)
+        return (self.anchor_vectors(x.c_item), self.anchor_vectors(x.h_item)) if self.config.by_vectors else None
 
     def history_vectors(self, x: Inputs) -> Tensor | None:
         return self.anchor_vectors(x.h_item) if self.config.sparse else None

@@ -57,6 +57,7 @@ VARIANTS = {
     "hstu": {"name": "hstu"},
     "hstu, research form": {"name": "hstu", "hstu_form": "research", "layers": 3},
     "without asymmetric svd": {"asvd": {"factors": 0}},
+    "dense, without vectors": {"pgsa": {"enabled": False, "summaries": 0}},
     "mtgr": {"name": "mtgr"},
     "mtgr with asymmetric svd": {"name": "mtgr", "asvd": {"baselines": True}},
     "mtgr, three blocks": {"name": "mtgr", "layers": 3, "match_features": False},

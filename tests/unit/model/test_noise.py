@@ -127,7 +127,7 @@ def test_a_rows_noisy_loss_does_not_depend_on_its_batch(kind: Any) -> None:
     model = shaken(kind(config, SIZES)).train()
     batch = random_batch(4, 12, 5)
     batch.h_masked[::3] = True
-    places = (config.stream.window + 1) * config.model.width
+    places = (config.stream.window + 1) * max(config.model.width, config.model.asvd.factors)
 
     def loss(x: object, keys: np.ndarray) -> float:
         with torch.no_grad():
