@@ -58,8 +58,8 @@ class Asvd(Section):
     factors: Natural = 64
     """Numbers an item has in it, twice; 0 leaves it out, and so does a log whose actions tell no more of training
     impressions than their labels: it reads how much items were liked, and clicks alone do not say."""
-    dropout: Share = 0.8
-    """Dropout of the products of two items' factors."""
+    dropout: Share = 0.9
+    """Dropout of the products of two items' factors; large logs bear less."""
     baselines: bool = False
     """Give it to hstu, mtgr and din too, to see how much of HPGR's distance to them it is."""
 
