@@ -163,14 +163,27 @@ def test_dense_weights_are_the_strict_past() -> None:
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.integers(1, 3), st.integers(2, 12), st.integers(1, 5), st.sampled_from([0.0, 0.7, 3.0]), st.integers(0, 999))
-def test_sparse_with_all_events_equals_dense(rows: int, events: int, targets: int, sigma: float, seed: int) -> None:
-    """K >= N: every visible event is an anchor; scores and all gradients are those of dense attention."""
+@given(
+    st.integers(1, 3),
+    st.integers(2, 12),
+    st.integers(1, 5),
+    st.sampled_from([0.0, 0.7, 3.0]),
+    st.integers(0, 999),
+    st.sampled_from([{"pgsa": {"summaries": 0}, "asvd": {"factors": 0}}, {}]),
+)
+def test_sparse_with_all_events_equals_dense(
+    rows: int, events: int, targets: int, sigma: float, seed: int, beside: dict
+) -> None:
+    """K >= N: every visible event is an anchor; scores and all gradients are those of dense attention.
+
+    Summaries and Asymmetric-SVD read the vectors that choose anchors: without both, a dense model has no such vectors.
+    """
     batch = random_batch(rows, events, targets, seed)
     results = []
-    for pgsa in ({"top_k": events + seed % 3, "sigma": sigma}, {"enabled": False}):
+    for enabled in (True, False):
+        pgsa = {"anchors": "live", "top_k": events + seed % 3, "sigma": sigma, "enabled": enabled}
         torch.manual_seed(0)
-        model = click_model(tiny(model={"pgsa": {"anchors": "live", "summaries": 0, **pgsa}}), SIZES)
+        model = click_model(tiny(model={**beside, "pgsa": {**beside.get("pgsa", {}), **pgsa}}), SIZES)
         shaken(model)
         output = model(inputs(batch))
         output.loss.backward()
