@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -15,18 +15,21 @@ from hpgr.data.stream import Step
 from hpgr.metrics import ClickScores, RankSums
 from hpgr.model.base import ClickModel, ItemModel
 from hpgr.model.inputs import Inputs, pad, unpad
-from hpgr.schema import Array
+from hpgr.schema import Array, Batch
 
 LOGITS_AT_ONCE = 2**26
 """Places of the matrix of users by catalogue that ranking holds at once: 256 MB a copy."""
 
 
-def score(model: ClickModel, steps: Iterable[Step], device: torch.device) -> pa.Table:
+def score(
+    model: ClickModel, steps: Iterable[Step], device: torch.device, plain: Callable[[Batch], Array] | None = None
+) -> pa.Table:
     """Probability of a click for every impression of the steps' batches.
 
     Returns:
         columns user, user_hash, item (index), time (microseconds), label, request, past (history events before
-        the impression), score; one row an impression.
+        the impression), score, and plain, the scores of a scorer without a model (null where there is none); one row an
+        impression.
     """
     model.eval()
     parts = []
@@ -45,13 +48,14 @@ def score(model: ClickModel, steps: Iterable[Step], device: torch.device) -> pa.
             "label": pa.array(batch.t_label, pa.int8()), "request": pa.array(batch.t_request, pa.int64()),
             "past": pa.array(batch.t_past, pa.int64()),
             "score": pa.array(unpad(probability, inputs.c_real), pa.float32()),
+            "plain": pa.nulls(len(row), pa.float32()) if plain is None else pa.array(plain(batch), pa.float32()),
         }))  # fmt: skip
     return pa.concat_tables(parts) if parts else SCORES.empty_table()
 
 
 SCORES = pa.schema([
     ("user", pa.string()), ("user_hash", pa.uint64()), ("item", pa.int32()), ("time", pa.int64()), ("label", pa.int8()),
-    ("request", pa.int64()), ("past", pa.int64()), ("score", pa.float32()),
+    ("request", pa.int64()), ("past", pa.int64()), ("score", pa.float32()), ("plain", pa.float32()),
 ])  # fmt: skip
 
 

@@ -1,9 +1,10 @@
-"""Scorers without a model: a table of training-time click rates by a few facts of an impression.
+"""Scorers without a model: training-time click rates by a few facts of an impression, or of items and users.
 
-What a table of position and "engaged before" reaches is what a ranker has to beat (docs/results.md). Rates are drawn
-towards the base rate by PRIOR impressions, so cells of few impressions say little.
+What a table of position and "engaged before" reaches is what a ranker has to beat (docs/results.md), and where actions
+are graded what items are usually worth and how the user has differed from that. Rates are drawn towards the base rate
+by PRIOR impressions, so what was seen a few times says little.
 
-Legend: I impressions of a bucket, C cells of a table.
+Legend: I impressions of a bucket or batch, C cells of a table, V item table, A actions.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from typing import NamedTuple
 import numpy as np
 
 from hpgr.data.preparation import Prepared
-from hpgr.schema import FEATURE_PREFIX, TEST, TRAIN, Array, Ints, Timelines
+from hpgr.schema import FEATURE_PREFIX, TEST, TRAIN, Array, Batch, Ints, Timelines, offsets_of
 
 PRIOR = 10
-"""Impressions at the base rate that every cell begins with."""
+"""Impressions at the base rate that every cell, and past events as usual that every user, begins with."""
 
 
 class Counts(NamedTuple):
@@ -87,3 +88,15 @@ def engaged_before(timelines: Timelines) -> Array:
     at = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
     place = first[at] - timelines.h_offsets[:-1][shown]
     return (known[at] == wanted) & (place < timelines.t_visible)
+
+
+def rate_users(batch: Batch, item_rates: Array, action_rates: Array) -> Array:
+    """Click rate of each candidate's item [V], plus how much better than usual the user took past items: [I].
+
+    The baseline estimate of item and user (Koren 2008, section 2.1) of clicks: a visible event tells by its action [A]
+    how likely it was a click, and what exceeds its item's rate is the user's, a mean that PRIOR events draw to zero.
+    """
+    beyond = np.concatenate([[0.0], np.cumsum(action_rates[batch.h_action] - item_rates[batch.h_item])])
+    start = np.repeat(offsets_of(batch.h_lengths)[:-1], batch.t_lengths)
+    own = (beyond[start + batch.t_visible] - beyond[start]) / (batch.t_visible + PRIOR)
+    return item_rates[batch.t_item] + own

@@ -5,7 +5,6 @@ Shapes: B rows, M candidates, N history events, F factors, A actions.
 
 from __future__ import annotations
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,6 @@ from hpgr.config import Asvd
 from hpgr.model.embedding import Sizes
 from hpgr.model.inputs import Inputs
 from hpgr.model.noise import Dropout, Noise
-from hpgr.schema import NO_ACTION
 
 TABLES = ("asvd.past.weight", "asvd.candidate.weight", "asvd.bias.weight")
 """Names of its tables of items in a click model."""
@@ -46,7 +44,7 @@ class AsymmetricSvd(nn.Module):
     def __init__(self, config: Asvd, sizes: Sizes, vectors: int) -> None:
         """`vectors` is the width of the item vectors that `forward` gets; 0 is without them."""
         super().__init__()
-        self.first_item, self.base_rate = sizes.first_item, sizes.base_rate
+        self.sizes = sizes
         self.past = nn.Embedding(sizes.items, config.factors)
         self.candidate = nn.Embedding(sizes.items, config.factors)
         self.bias = nn.Embedding(sizes.items, 1)
@@ -56,19 +54,14 @@ class AsymmetricSvd(nn.Module):
         self.maps = nn.ModuleList(maps)
         for table, std in ((self.past, STD), (self.candidate, STD), (self.bias, 0.0)):
             nn.init.normal_(table.weight, std=std)
-        # By label and action; an impression without an action tells nothing of one.
-        known = torch.tensor(sizes.train_actions, dtype=torch.float32)
-        known[:, NO_ACTION] = 0
-        self.value = nn.Parameter((known[1] + PRIOR * sizes.base_rate) / (known.sum(0) + PRIOR))
+        self.value = nn.Parameter(torch.from_numpy(sizes.action_rates(PRIOR)))
         self.habit = nn.Parameter(torch.zeros(()))
         self.dropout = Dropout(config.dropout)
         self.register_buffer("usual", torch.full((sizes.items,), sizes.base_rate))
 
     def know_items(self, items: pa.Table) -> None:
         """Click rates of the catalogue in training, those of rarely shown items near the base rate."""
-        clicked, shown = (items.column(name).to_numpy().astype(np.float64) for name in ("clicked", "shown"))
-        rates = (clicked + PRIOR * self.base_rate) / (shown + PRIOR)
-        self.usual[self.first_item :] = torch.from_numpy(rates).float()
+        self.usual.copy_(torch.from_numpy(self.sizes.item_rates(items, PRIOR)))
 
     def forward(self, x: Inputs, vectors: tuple[Tensor, Tensor] | None, noise: Noise | None) -> Tensor:
         """Logits to add to the candidates': [B, M]. `vectors` are the candidates' and the history's, [B, M, D] and

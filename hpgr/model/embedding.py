@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +13,7 @@ from hpgr.config import Model
 from hpgr.model.inputs import Inputs
 from hpgr.model.noise import Dropout, Noise
 from hpgr.model.timing import time_before, time_bucket
-from hpgr.schema import MASK, NO_ACTION, PAD
+from hpgr.schema import MASK, NO_ACTION, PAD, Array
 
 MATCH_COUNTS, MATCH_PLACES = 6, 8
 
@@ -40,6 +42,21 @@ class Sizes:
     def graded(self) -> bool:
         """Whether what was done with a training impression tells more than its label, as ratings do."""
         return any(sum(n > 0 for a, n in enumerate(of) if a != NO_ACTION) > 1 for of in self.train_actions)
+
+    def item_rates(self, items: pa.Table, prior: float) -> Array:
+        """Training click rate by item index [items], `prior` impressions at the base rate beside an item's own.
+
+        `items` is the vocabulary's table, with `shown` and `clicked`; what is not of the catalogue has the base rate.
+        """
+        clicked, shown = (items.column(name).to_numpy().astype(np.float64) for name in ("clicked", "shown"))
+        known = (clicked + prior * self.base_rate) / (shown + prior)
+        return np.concatenate([np.full(self.first_item, self.base_rate), known])
+
+    def action_rates(self, prior: float) -> Array:
+        """Training click rate by action [actions], likewise; an impression without an action tells nothing of one."""
+        known = np.array(self.train_actions, np.float32)
+        known[:, NO_ACTION] = 0
+        return (known[1] + prior * self.base_rate) / (known.sum(0) + prior)
 
 
 class Features(nn.Module):

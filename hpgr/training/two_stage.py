@@ -17,6 +17,7 @@ import torch
 from hpgr.artifacts import Folder, fingerprint
 from hpgr.config import Config, dump
 from hpgr.data.batches import mock_batch
+from hpgr.data.click_tables import PRIOR, rate_users
 from hpgr.data.preparation import Prepared
 from hpgr.data.stream import Source, StreamSpec
 from hpgr.errors import ArtifactError, TrainingError
@@ -319,27 +320,27 @@ def _test_items(run: Run, worker: Worker, stage: ItemStage) -> dict[str, Any]:
 
 def _test_click(run: Run, worker: Worker, model: ClickModel, items: pa.Table) -> dict[str, Any]:
     """Test figures; the first worker keeps every score, with what the report's plots need."""
-    own = score(model, worker.source.evaluation(run.spec("click-test")), worker.device)
+    sizes = run.sizes()
+    rates = sizes.item_rates(items, PRIOR)
+    plain = partial(rate_users, item_rates=rates, action_rates=sizes.action_rates(PRIOR)) if sizes.graded else None
+    own = score(model, worker.source.evaluation(run.spec("click-test")), worker.device, plain)
     scores = pa.concat_tables(distributed.gather(own))
     scores = scores.sort_by(
         [("user_hash", "ascending"), ("time", "ascending"), ("item", "ascending"), ("request", "ascending")]
     )
-    first_item = run.sizes().first_item
-    known = scores.column("item").to_numpy() >= first_item
-    index = np.where(known, scores.column("item").to_numpy() - first_item, 0)
-    per_item = {
-        name: np.where(known, items.column(name).to_numpy()[index], 0) for name in ("count", "shown", "clicked")
-    }
+    item = scores.column("item").to_numpy()
+    known = item >= sizes.first_item
+    index = np.where(known, item - sizes.first_item, 0)
+    popularity = np.where(known, items.column("count").to_numpy()[index], 0)
     names = pc.if_else(pa.array(known), items.column("value").combine_chunks().take(pa.array(index)), None)
-    scores = scores.append_column("popularity", pa.array(per_item["count"])).append_column("item_id", names)
+    scores = scores.append_column("popularity", pa.array(popularity)).append_column("item_id", names)
     if distributed.rank() == 0:
         run.folder.sub("stage2").write_parquet("test_scores.parquet", scores)
+    plainly = {"item popularity": popularity.astype(float), "item click rate": rates[item]}
+    if sizes.graded:
+        plainly["item and user click rates"] = scores.column("plain").to_numpy()
     label = scores.column("label").to_numpy()
-    rate = (per_item["clicked"] + 10 * run.sizes().base_rate) / (per_item["shown"] + 10)
-    baselines = {
-        "item popularity": auc(per_item["count"].astype(float), label),
-        "item click rate": auc(rate, label),
-    }
+    baselines = {name: auc(values, label) for name, values in plainly.items()}
     return click_scores(scores).compute() | {"baselines_auc": baselines}
 
 

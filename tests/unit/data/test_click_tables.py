@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from helpers_model import SIZES, random_batch, scrambled_history
 
-from hpgr.data.click_tables import PRIOR, count_clicks, engaged_before, score_test
+from hpgr.data.click_tables import PRIOR, count_clicks, engaged_before, rate_users, score_test
 from hpgr.data.preparation import Prepared
 from hpgr.metrics import auc
 from hpgr.schema import TEST, TRAIN, Timelines
@@ -98,3 +99,28 @@ def test_a_user_without_history_engaged_with_nothing(prepare_log: Callable[..., 
     prepared = prepare_log(rows, **DATA)
     for bucket in range(prepared.buckets):
         assert not engaged_before(Timelines.from_table(prepared.timelines(bucket))).any()
+
+
+def test_user_rates_equal_the_loop() -> None:
+    batch, rng = random_batch(rows=3, events=12, targets=6, seed=1), np.random.default_rng(0)
+    items, actions = rng.random(SIZES.items), rng.random(SIZES.actions)
+    batch.t_visible[0] = 0
+    got, past = rate_users(batch, items, actions), set()
+    for i in range(18):
+        start, n = 12 * (i // 6), int(batch.t_visible[i])
+        beyond = sum(actions[batch.h_action[j]] - items[batch.h_item[j]] for j in range(start, start + n))
+        assert got[i] == pytest.approx(items[batch.t_item[i]] + beyond / (n + PRIOR))
+        past.add(n)
+    assert {0, 12} < past
+
+
+def test_user_rates_look_at_strictly_earlier_events() -> None:
+    """Other items, actions and times of the last event of each row change what saw it, and nothing else."""
+    batch, rng = random_batch(rows=3, events=12, targets=6, seed=2), np.random.default_rng(1)
+    items, actions = rng.random(SIZES.items), rng.random(SIZES.actions)
+    last = np.arange(36) % 12 == 11
+    other = scrambled_history(batch, last)
+    saw = batch.t_visible == 12
+    assert saw.any()
+    moved = np.abs(rate_users(batch, items, actions) - rate_users(other, items, actions))
+    assert ((moved > 1e-9) == saw).all()

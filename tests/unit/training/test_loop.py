@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,20 @@ from helpers_model import (
     context_of,
     log_config,
     make_run,
+    merged,
     timeless,
     weights,
     worker,
 )
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from hpgr.artifacts import Folder
-from hpgr.config import Checkpoints, Config
+from hpgr.config import Checkpoints, Config, dump, validate
+from hpgr.data.click_tables import PRIOR
 from hpgr.errors import ArtifactError, TrainingError
 from hpgr.model.inputs import pad
+from hpgr.schema import NO_ACTION, TEST, TRAIN, Timelines
 from hpgr.training.loop import Context, fit
 from hpgr.training.stages import ClickStage
 from hpgr.training.two_stage import Run, train
@@ -196,6 +201,44 @@ def test_the_curve_and_the_batches_of_a_run(straight: tuple[Run, dict[str, Any],
         assert per_epoch >= 4
         assert own == [(e, s) for e in range(2) for s in range(len([1 for epoch, _ in own if epoch == e]))]
     assert run.folder.sub("stage2").exists("test_scores.parquet")
+
+
+def test_scorers_without_a_model_are_training_rates(config: Config, tmp_path: Path) -> None:
+    """Of items, and of items and users where actions are graded, counted over the timelines one by one."""
+    stage2 = {"epochs": 1, "action_weight": 0.0}
+    pgsa = {"enabled": False, "summaries": 0}
+    over = {"stage1": {"enabled": False}, "stage2": stage2, "stream": {"window": 64}, "model": {"pgsa": pgsa}}
+    run = make_run(validate(merged(dump(config), over)), tmp_path)
+    figures = train(run, worker())
+    shown, clicked = Counter[int](), Counter[int]()
+    told: dict[int, list[int]] = {}
+    timelines = [Timelines.from_table(run.prepared.timelines(b)) for b in range(run.prepared.buckets)]
+    assert max(int(np.diff(t.h_offsets).max()) for t in timelines) < 64  # a window shows all of the past
+    for t in timelines:
+        for i in np.flatnonzero(t.t_split == TRAIN):
+            shown[t.t_item[i]] += 1
+            clicked[t.t_item[i]] += t.t_label[i]
+            told.setdefault(t.t_action[i], []).append(t.t_label[i])
+    base, first = sum(clicked.values()) / sum(shown.values()), run.sizes().first_item
+
+    def rate(item: int) -> float:
+        return (clicked[item] + PRIOR * base) / (shown[item] + PRIOR) if item >= first else base
+
+    def value(action: int) -> float:
+        known = told.get(action, []) if action != NO_ACTION else []
+        return (sum(known) + PRIOR * base) / (len(known) + PRIOR)
+
+    scores: list[tuple[float, float, int]] = []
+    for t in timelines:
+        for i in np.flatnonzero(t.t_split == TEST):
+            start, n = t.h_offsets[np.searchsorted(t.t_offsets, i, side="right") - 1], int(t.t_visible[i])
+            beyond = sum(value(t.h_action[j]) - rate(t.h_item[j]) for j in range(start, start + n))
+            own = rate(t.t_item[i])
+            scores.append((own, own + beyond / (n + PRIOR), t.t_label[i]))
+    items, users, labels = (np.array(column) for column in zip(*scores, strict=True))
+    assert figures["baselines"]["item click rate"] == pytest.approx(roc_auc_score(labels, items), abs=1e-6)
+    assert figures["baselines"]["item and user click rates"] == pytest.approx(roc_auc_score(labels, users), abs=1e-4)
+    assert roc_auc_score(labels, users) != pytest.approx(roc_auc_score(labels, items), abs=1e-2)
 
 
 def finished(run: Run, lines: list[str] | None = None, source: Any = None) -> dict[str, Any]:
