@@ -12,13 +12,14 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import torch
-from helpers_model import CPU, log_config, make_run, quiet, shaken
+from helpers_model import CPU, log_config, make_run, merged, quiet, shaken
 
 from hpgr.artifacts import FORMAT, Folder
 from hpgr.config import dump
 from hpgr.data.preparation import in_process
 from hpgr.data.stream import LocalSource
 from hpgr.evaluation import score
+from hpgr.model.base import ClickModel
 from hpgr.model.registry import click_model, item_model
 from hpgr.schema import SECOND
 from hpgr.scoring import job, output
@@ -31,15 +32,21 @@ KEYS = ["user", "time", "item"]
 
 
 def finished_run(root: Path, **over: Any) -> Finished:
-    """A run folder under `root` with shaken weights in place of trained ones; timelines outgrow its window."""
-    config = log_config(root, **over)
+    """A run folder under `root` with shaken weights in place of trained ones; timelines outgrow its window.
+
+    Actions are devices, several to a label, so its click model has all that reads graded ones.
+    """
+    config = log_config(root, **merged({"data": {"columns": {"action": "device"}}}, over))
     run = make_run(config, root / "run")
     run.folder.write_json("run.json", {"format": FORMAT, "config": dump(config)})
     torch.manual_seed(0)
     stages: dict[str, Any] = {"stage1": item_model, "stage2": click_model}
     for name, model in stages.items():
         folder = run.folder.sub(name)
-        folder.write("best.safetensors", to_bytes(shaken(model(config, run.sizes()), scale=0.2).state_dict()))
+        made = shaken(model(config, run.sizes()), scale=0.2)
+        if isinstance(made, ClickModel):
+            made.know_items(run.prepared.folder.read_parquet("vocabulary.parquet"))
+        folder.write("best.safetensors", to_bytes(made.state_dict()))
         done = {"settings": stage_key(config, run.prepared, name), "best_file": "best.safetensors"}
         folder.write_json("done.json", done)
     return open_finished(run.folder.uri)

@@ -76,8 +76,9 @@ class Din(Section):
 
 class Model(Section):
     name: Literal["hpgr", "hstu", "mtgr", "din", "logistic"] = "hpgr"
-    """The click model of stage 2. The sections `pgsa` and `asvd`, and `sem.in_stage2`, belong to hpgr alone; the
-    others attend densely to the flat history. Any of them can start from stage 1: its event tokens are alike in all."""
+    """The click model of stage 2. The sections `pgsa` and (unless `asvd.baselines`) `asvd`, and `sem.in_stage2`, belong
+    to hpgr alone; the others attend densely to the flat history. Any of them can start from stage 1: its event tokens
+    are alike in all."""
     width: Annotated[int, Field(ge=4)] = 64
     """Width of all token vectors; a multiple of `heads`."""
     heads: Count = 2

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from hpgr.config import Asvd
 from hpgr.model.embedding import Sizes
-from hpgr.model.inputs import Inputs
+from hpgr.model.inputs import Inputs, tiles
 from hpgr.model.noise import Dropout, Noise
+from hpgr.model.pgsa import visible_mask
 
 TABLES = ("asvd.past.weight", "asvd.candidate.weight", "asvd.bias.weight")
 """Names of its tables of items in a click model."""
@@ -25,12 +26,15 @@ its rate, and spread of the maps of item vectors."""
 
 
 class AsymmetricSvd(nn.Module):
-    """A logit beside the encoder's: Asymmetric-SVD (Koren 2008, section 3.2) over the visible past [D].
+    """A logit beside the encoder's: Asymmetric-SVD (Koren 2008, section 4) over the visible past [D].
 
     Each event j of the history is worth r_j = value(action_j) - usual(item_j): how much better the user took the item
-    than its training click rate lets expect. With item factors p and q, and n visible events,
+    than its training click rate lets expect. With item factors p and q, and n visible events of other items than i,
 
         logit = bias_i + habit * sum_j r_j / (n + PRIOR) + p_i . sum_j r_j q_j / sqrt(n + 1).
+
+    Events of the very item are left out: what is usual of it was counted over training impressions, the one to learn
+    from among them, and would tell its label. The match features tell how the user took the item before.
 
     PGSA asks which past events are like the candidate and drops the rest; here all of them count, each a little, at a
     cost linear in N. Factors are an item's own, learnt from clicks, plus a learnt map of the vector that chooses its
@@ -66,15 +70,31 @@ class AsymmetricSvd(nn.Module):
     def forward(self, x: Inputs, vectors: tuple[Tensor, Tensor] | None, noise: Noise | None) -> Tensor:
         """Logits to add to the candidates': [B, M]. `vectors` are the candidates' and the history's, [B, M, D] and
         [B, N, D]."""
-        own, past = GAIN * self.candidate(x.c_item), GAIN * self.past(x.h_item)
+        own, itself, past = GAIN * self.candidate(x.c_item), GAIN * self.past(x.c_item), GAIN * self.past(x.h_item)
         if vectors is not None:
-            own, past = (t + by(v) for t, by, v in zip((own, past), self.maps, vectors, strict=True))
-        beyond = (self.value[x.h_action] - self.usual[x.h_item])[..., None]
-        events = torch.cat([beyond, beyond * past], -1)
+            of_candidate, of_event = self.maps
+            own, itself = own + of_candidate(vectors[0]), itself + of_event(vectors[0])
+            past = past + of_event(vectors[1])
+        beyond = self.value[x.h_action] - self.usual[x.h_item]
+        events = beyond[..., None] * F.pad(past, (1, 0), value=1.0)
         upto = F.pad(events.cumsum(1), (0, 0, 1, 0))
         rows = torch.arange(upto.shape[0], device=upto.device)[:, None]
-        seen, n = upto[rows, x.c_visible], x.c_visible[..., None]
-        habit, taste = seen[..., :1], seen[..., 1:]
+        done = _actions_on_itself(x, len(self.value))
+        times = done.sum(-1)
+        same = ((done * self.value).sum(-1) - times * self.usual[x.c_item])[..., None]
+        seen = upto[rows, x.c_visible] - same * F.pad(itself, (1, 0), value=1.0)
+        n, habit, taste = (x.c_visible - times)[..., None], seen[..., :1], seen[..., 1:]
         likeness = self.dropout(own * taste, noise, stream=1).sum(-1, keepdim=True)
         out = self.bias(x.c_item) + self.habit * habit / (n + PRIOR) + likeness / (n + 1).sqrt()
         return out[..., 0].float()
+
+
+def _actions_on_itself(x: Inputs, actions: int) -> Tensor:
+    """How often each action was done with the candidates' own items in the visible past: [B, M, A], float32."""
+    (rows, n), parts = x.h_item.shape, []
+    kinds = F.one_hot(x.h_action, actions).float()
+    with torch.autocast(kinds.device.type, enabled=False):  # bf16 counts to 256
+        for tile in tiles(rows, x.c_item.shape[1], n):
+            same = (x.c_item[:, tile, None] == x.h_item[:, None, :]) & visible_mask(x.c_visible[:, tile], n)
+            parts.append(same.float() @ kinds)
+    return torch.cat(parts, 1)

@@ -40,8 +40,11 @@ class Sizes:
 
     @property
     def graded(self) -> bool:
-        """Whether what was done with a training impression tells more than its label, as ratings do."""
-        return any(sum(n > 0 for a, n in enumerate(of) if a != NO_ACTION) > 1 for of in self.train_actions)
+        """Whether what was done with a training impression tells more than its label, as ratings do.
+
+        Of one label there are two actions, each of one in a hundred of its impressions: a stray row makes no model.
+        """
+        return any(sum(n > sum(of) / 100 for a, n in enumerate(of) if a != NO_ACTION) > 1 for of in self.train_actions)
 
     def item_rates(self, items: pa.Table, prior: float) -> Array:
         """Training click rate by item index [items], `prior` impressions at the base rate beside an item's own.

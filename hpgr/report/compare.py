@@ -6,6 +6,7 @@ what is missing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,9 +94,12 @@ def between(difference: Json) -> str:
 
 
 def verdict(difference: Json) -> str:
-    """better, worse, or no clear difference, by the interval."""
+    """better, worse, or no clear difference: by the interval, which knows users, and by the seeds, whose mean has to be
+    two standard errors from zero."""
     low, high = real(difference.get("low")), real(difference.get("high"))
-    if low is None or high is None or low <= 0 <= high:
+    mean, sd = real(difference.get("mean")), real(difference.get("sd"))
+    by_chance = mean is not None and sd is not None and abs(mean) < 2 * sd / math.sqrt(difference["seeds"])
+    if low is None or high is None or low <= 0 <= high or by_chance:
         return "no clear difference"
     return "better" if (low > 0) != (difference["metric"] in LOWER_IS_BETTER) else "worse"
 
@@ -107,7 +111,7 @@ def _cards(data: CompareData) -> list[Card]:
     cells, account = part(data.result, "cells"), data.result
     return [
         Card("Best row", str(best.get("model", NONE)), f"test AUC {spread(part(best, 'test', 'auc'))}"),
-        Card("Clearly ahead", f"{ahead} of {len(gaps)}", "differences to baselines, 95 % interval above zero"),
+        Card("Clearly ahead", f"{ahead} of {len(gaps)}", "differences to baselines, by users and by seeds"),
         Card("Cells trained", show(cells.get("finished")), f"{show(cells.get('failed'))} failed"),
         Card("Time", duration(account.get("seconds")), f"{duration(account.get('training_seconds'))} of training"),
     ]

@@ -180,10 +180,11 @@ class Plan:
         return Cell(row, values, validate(placed(dump(self.base), settings)))
 
     def tuned(self, row: str) -> list[Cell]:
-        """What a row tries, its own settings first; all with the first seed."""
+        """What a row tries, its own settings first; all with the first seed. What makes the row stays as it is."""
         cells: dict[str, Cell] = {}
         for values in [{}, *self._draws()]:
-            cell = self.cell(row, self.matrix.seeds[0], values)
+            drawn = {path: value for path, value in values.items() if path not in self.matrix.rows[row]}
+            cell = self.cell(row, self.matrix.seeds[0], drawn)
             cells.setdefault(cell.key, cell)
         return list(cells.values())
 

@@ -167,6 +167,8 @@ def _clicks(
     run: Run, worker: Worker, stage1: ItemStage | None, items: pa.Table, out: dict[str, Any], test: bool
 ) -> dict[str, Any]:
     """Figures of stage 2 and, with a test, of the simple scorers beside it; its curve and seconds go to `out`."""
+    if run.config.model.with_asvd and not run.sizes().graded:
+        worker.say("stage2: actions tell no more than clicks here: without model.asvd and the question about actions")
     stage = ClickStage(run.config, run.sizes(), run.spec("click-train"), run.spec("click-validation"))
     stage.model.know_items(items)
     if stage1 is not None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers_model import SIZES, inputs, random_batch, shaken, tiny, widened
+from helpers_model import CPU, SIZES, inputs, random_batch, shaken, tiny, widened
 from helpers_scoring import finished_run
 
 import hpgr
@@ -75,6 +75,7 @@ def test_a_history_below_the_least_is_refused() -> None:
 
 def test_a_run_is_exported_and_loaded_again(tmp_path: Path) -> None:
     finished = finished_run(tmp_path)
+    assert finished.click_model(CPU).asvd is not None  # all that the model can have goes through the program
     scorer = hpgr.Scorer(finished.run.folder.uri)
     manifest = scorer.export(tmp_path / "served" / "ranker.pt2")
     assert manifest == json.loads((tmp_path / "served" / "ranker.pt2.json").read_text())

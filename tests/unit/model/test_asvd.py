@@ -28,7 +28,7 @@ def made(vectors: int = 0) -> AsymmetricSvd:
 
 @pytest.mark.parametrize("width", [0, 8])
 def test_it_equals_the_loop(width: int) -> None:
-    """Koren's sum over the visible past in plain Python; without a past the item's bias is left."""
+    """Koren's sum over the visible past of other items in plain Python; without a past the item's bias is left."""
     x, asvd, vectors = inputs(random_batch(3, 12, 6, seed=1)), made(width), torch.randn(SIZES.items, width)
     x.c_visible[0, 0] = 0
     with torch.no_grad():
@@ -36,19 +36,39 @@ def test_it_equals_the_loop(width: int) -> None:
             GAIN * table.weight + (vectors @ asvd.maps[i].weight.T if width else 0)
             for i, table in enumerate((asvd.candidate, asvd.past))
         )
-        got, past = asvd(x, (vectors[x.c_item], vectors[x.h_item]) if width else None, None), set()
+        got, past, itself = asvd(x, (vectors[x.c_item], vectors[x.h_item]) if width else None, None), set(), 0
         for b in range(3):
             for m in range(6):
-                n, item = int(x.c_visible[b, m]), x.c_item[b, m]
-                habit, taste = 0.0, torch.zeros(5)
-                for j in range(n):
+                seen, item = int(x.c_visible[b, m]), x.c_item[b, m]
+                habit, taste, others = 0.0, torch.zeros(5), [j for j in range(seen) if x.h_item[b, j] != item]
+                n = len(others)
+                for j in others:
                     beyond = float(asvd.value[x.h_action[b, j]] - asvd.usual[x.h_item[b, j]])
                     habit, taste = habit + beyond, taste + beyond * taken[x.h_item[b, j]]
                 expected = float(asvd.bias.weight[item]) + float(asvd.habit) * habit / (n + PRIOR)
                 expected += float(own[item] @ taste) / math.sqrt(n + 1)
                 assert float(got[b, m]) == pytest.approx(expected, abs=1e-4)
-                past.add(n)
+                past.add(seen)
+                itself += seen - n
     assert {0, 12} < past
+    assert itself > 3
+
+
+def test_what_was_counted_of_an_item_does_not_reach_its_own_impressions() -> None:
+    """Else the label to learn would: it was counted. What saw the item before as another one's past does change."""
+    x, asvd, vectors = inputs(random_batch(4, 12, 8, seed=1)), made(8), torch.randn(SIZES.items, 8)
+    compared = vectors[x.c_item], vectors[x.h_item]
+    with torch.no_grad():
+        before = asvd(x, compared, None)
+        past = torch.arange(12) < x.c_visible[..., None]
+        for item in range(SIZES.first_item, SIZES.items):
+            asvd.usual[item] += 0.5
+            moved = (asvd(x, compared, None) - before).abs() > 1e-4
+            asvd.usual[item] -= 0.5
+            seen = (past & (x.h_item == item)[:, None]).any(-1)
+            assert not moved[x.c_item == item].any()
+            assert torch.equal(moved, seen & (x.c_item != item))
+        assert ((x.c_item[:, :, None] == x.h_item[:, None]) & past).any(-1).sum() > 3
 
 
 def test_what_is_usual_is_the_training_click_rate_and_the_base_rate_of_unknown_items() -> None:
@@ -78,8 +98,13 @@ def test_dropout_takes_products_while_training() -> None:
 
 @pytest.mark.parametrize(
     ("counts", "there"),
-    [(((9, 3, 0, 0, 0), (0, 0, 5, 0, 1)), True), (((9, 0, 3, 0, 0), (9, 0, 0, 0, 5)), False)],
-    ids=["an action more than labels", "an action a label"],
+    [
+        (((9, 3, 0, 0, 0), (0, 0, 5, 0, 1)), True),
+        (((9, 0, 3, 0, 0), (9, 0, 0, 0, 5)), False),
+        (((9, 0, 3, 0, 0), (0, 0, 0, 1, 200)), False),
+        (((9, 0, 3, 0, 0), (0, 0, 0, 3, 200)), True),
+    ],
+    ids=["an action more than labels", "an action a label", "a stray action more", "a rare action more"],
 )
 def test_it_is_there_where_actions_say_more_than_the_label(counts: tuple[tuple[int, ...], ...], there: bool) -> None:
     built = click_model(tiny(), replace(SIZES, train_actions=counts))

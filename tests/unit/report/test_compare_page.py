@@ -151,7 +151,18 @@ def test_figures_of_the_comparison_are_on_the_page() -> None:
 def test_a_verdict_needs_an_interval_without_zero(
     low: float | None, high: float | None, metric: str, said: str
 ) -> None:
-    assert verdict(gap("full", 0.0, low, high, metric)) == said
+    assert verdict(gap("full", 0.0 if low is None else (low + high) / 2, low, high, metric)) == said
+
+
+def test_a_verdict_needs_seeds_that_agree() -> None:
+    """sd .003 of two seeds: twice the standard error is .0042."""
+    assert (
+        verdict(gap("full", 0.004, 0.002, 0.006))
+        == verdict(gap("full", -0.004, -0.006, -0.002))
+        == "no clear difference"
+    )
+    assert verdict(gap("full", 0.0045, 0.002, 0.006)) == "better"
+    assert verdict(gap("full", 0.004, 0.002, 0.006) | {"sd": None}) == "better"
 
 
 def test_one_seed_has_no_spread() -> None:

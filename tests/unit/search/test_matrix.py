@@ -87,6 +87,15 @@ def test_every_row_tries_the_same_settings_beside_its_own() -> None:
     assert [c.values for c in other.tuned("full")] != tried["full"]
 
 
+def test_tuning_does_not_change_what_makes_the_row() -> None:
+    drawn = {"parameters": {LR: [0.001, 0.002, 0.004], LAYERS: [1, 2, 3]}, "draws": 9}
+    p = plan(rows={"full": {}, "one layer": {LAYERS: 1}}, tuning=drawn)
+    assert {c.config.model.layers for c in p.tuned("full")} == {1, 2, 3}
+    tried = p.tuned("one layer")
+    assert [c.config.model.layers for c in tried] == [1] * len(tried)
+    assert {c.config.stage2.optimiser.lr for c in tried} == {0.001, 0.002, 0.004}
+
+
 def test_a_budget_beyond_the_grid_is_the_grid() -> None:
     p = plan(tuning={"parameters": {LR: [0.001, 0.002]}, "draws": 9})
     assert [c.values for c in p.tuned("full")] == [{}, {LR: 0.002}]
