@@ -33,7 +33,7 @@ from hpgr.data import split as splits
 from hpgr.data.hashing import hash_text
 from hpgr.data.ordering import order_rows
 from hpgr.data.sources import Fragment, find_files, fragments, inputs_fingerprint, read
-from hpgr.data.synthetic import write_log
+from hpgr.data.synthetic import LOG_COLUMNS, write_log
 from hpgr.data.timelines import encode, features_of, training_rows, write_timelines
 from hpgr.data.validation import empty_rows, needed_columns, validate
 from hpgr.data.vocabulary import Vocabulary, count, merge
@@ -137,6 +137,10 @@ def sole(folder: Folder, say: Callable[[str], None]) -> Iterator[None]:
 def _paths(data: Data, say: Callable[[str], None]) -> list[str]:
     if data.path is not None:
         return [data.path] if isinstance(data.path, str) else list(data.path)
+    foreign = [name for name in needed_columns(data) if name not in LOG_COLUMNS]
+    if foreign:
+        raise ConfigError(f"data.path: got none, and the generated log has no column {', '.join(map(repr, foreign))}; "
+                          "expected where the log of this configuration is: --set data.path=...")  # fmt: skip
     log = generated_log(data)
     filesystem, path = log.path()
     with writing(path), sole(log, say):

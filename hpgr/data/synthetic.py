@@ -31,6 +31,7 @@ Doubles = npt.NDArray[np.float64]
 
 GENERATOR = 1
 """Raise it when the same settings give other rows, so that logs of an older generator are written anew."""
+LOG_COLUMNS = ("user_id", "item_id", "timestamp", "event", "clicked", "list_id", "slot", "device")
 CHUNK_USERS = 512
 BLOCK = 2048
 """Impressions paired with their past at once; bounds memory."""

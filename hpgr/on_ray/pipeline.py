@@ -39,6 +39,8 @@ from hpgr.training.two_stage import INDEXES, Run
 Say = Callable[[str], None]
 FREE_ON_RESUME = ("resources", "checkpoints", "tracking")
 """Sections that may differ when a run goes on: they change no result."""
+FIRST_FILES = ("config.yaml", "run.json", "log.jsonl")
+"""What a run's folder holds before its log is prepared."""
 
 
 @dataclass(frozen=True)
@@ -51,22 +53,24 @@ class Request:
 
 
 def open_run(request: Request) -> tuple[Config, Folder]:
-    """The run's configuration and folder; a new folder gets its configuration written.
+    """The run's configuration and folder; a new folder gets its configuration written, and so does one whose run ended
+    before its log was prepared: nothing is lost, and a column's name was mistyped, say.
 
     Raises:
         ArtifactError: the folder holds a run and `resume` was not asked, or the reverse, or another version's run.
         ConfigError: a resumed run would change its settings.
     """
     folder = Folder(absolute(request.run))
-    if not folder.exists("run.json"):
+    stored = folder.read_json("run.json") if folder.exists("run.json") else None
+    if stored is not None:
+        check_format(stored, f"run folder {folder.uri}")
+    if stored is None or (not request.resume and "kind" not in stored and _holds_nothing(folder)):
         if request.resume:
             raise ArtifactError(f"--resume: there is no run in {folder.uri}; leave --resume out to start one there")
         assert request.config is not None
         folder.write("config.yaml", to_yaml(request.config).encode())
         folder.write_json("run.json", {"format": FORMAT, "config": dump(request.config), "versions": versions()})
         return request.config, folder
-    stored = folder.read_json("run.json")
-    check_format(stored, f"run folder {folder.uri}")
     if not request.resume:
         raise ArtifactError(f"{folder.uri} already holds a run; add --resume to go on with it, or give another --run")
     config = validate(stored["config"])
@@ -77,6 +81,11 @@ def open_run(request: Request) -> tuple[Config, Folder]:
         raise ConfigError(f"--resume goes on with the run's own settings, but {', '.join(changed)} differ(s) from "
                           f"{folder.uri}/config.yaml; leave --config and --set out, or start another run")  # fmt: skip
     return request.config, folder
+
+
+def _holds_nothing(folder: Folder) -> bool:
+    """Whether a run ended before its log was prepared."""
+    return all(name in FIRST_FILES or name.startswith("lock-") for name in folder.entries())
 
 
 def changed_sections(old: Config, new: Config) -> list[str]:

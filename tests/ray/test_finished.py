@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hpgr.artifacts import Folder
+from hpgr.artifacts import FORMAT, Folder
 from hpgr.config import load_config
 from hpgr.errors import ArtifactError, StoreError
 from hpgr.on_ray.pipeline import Request, open_run, two_stage
@@ -26,3 +26,24 @@ def test_a_finished_run_in_a_read_only_folder_is_read(tmp_path: Path, monkeypatc
     assert (metrics, where) == ({"name": "run"}, folder.uri)
     with pytest.raises(ArtifactError):
         two_stage(request, lambda _: None)
+
+
+def test_a_run_that_ended_before_its_log_was_prepared_may_be_begun_anew(tmp_path: Path) -> None:
+    """A column's name was mistyped, say; what holds more than a run's first files is gone on with."""
+    where = str(tmp_path / "run")
+    _, folder = open_run(Request(where, load_config(None, ["data.columns.label=click"]), False))
+    for name in ("log.jsonl", "lock-1.json"):
+        folder.write(name, b"")
+    right = load_config(None, ["data.columns.label=clicked"])
+    assert open_run(Request(where, right, False))[0] == right
+    assert open_run(Request(where, None, True))[0] == right
+    folder.write("prepared/manifest.json", b"{}")
+    with pytest.raises(ArtifactError, match="already holds a run; add --resume"):
+        open_run(Request(where, right, False))
+
+
+def test_the_folder_of_another_job_is_left_alone(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path / "run"))
+    folder.write_json("run.json", {"format": FORMAT, "kind": "compare"})
+    with pytest.raises(ArtifactError, match="already holds a run"):
+        open_run(Request(folder.uri, load_config(None, []), False))

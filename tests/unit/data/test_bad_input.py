@@ -19,7 +19,7 @@ from helpers_log import check_account
 
 from hpgr.artifacts import FORMAT
 from hpgr.data.preparation import in_process, prepare
-from hpgr.errors import ArtifactError, DataError, HpgrError, StoreError
+from hpgr.errors import ArtifactError, ConfigError, DataError, HpgrError, StoreError
 
 T = 1_600_000_000
 Columns = dict[str, list[Any]]
@@ -64,6 +64,11 @@ def test_missing_path_says_what_to_give(refused: Make, tmp_path: Path, pattern: 
     message = refused(str(tmp_path / pattern))
     assert pattern.rstrip("/") in message
     assert "no log file found there; give a file, a folder or a glob" in message
+
+
+def test_a_configuration_of_another_log_asks_where_that_is(refused: Make) -> None:
+    said = refused(None, ConfigError, columns={"user": "uid", "label": "clicked"})
+    assert said.startswith("data.path: got none, and the generated log has no column 'uid'; expected where")
 
 
 def test_path_below_a_file_is_missing(refused: Make, write_log: Make, log: Make) -> None:

@@ -18,7 +18,7 @@ from sklearn.metrics import roc_auc_score
 
 from hpgr.config import Synthetic
 from hpgr.data import synthetic
-from hpgr.data.synthetic import CHUNK_USERS, HOUR, MAX_GAP, START, planted, relevance, write_log
+from hpgr.data.synthetic import CHUNK_USERS, HOUR, LOG_COLUMNS, MAX_GAP, START, planted, relevance, write_log
 from hpgr.errors import ConfigError, DataError
 
 LOCAL = fs.LocalFileSystem()
@@ -81,6 +81,7 @@ def test_columns_of_the_log(tmp_path: Path) -> None:
             "device": pa.string(),
         }
     )
+    assert tuple(log.column_names) == LOG_COLUMNS
     is_view = pc.equal(log["event"], "view")
     for name in ("clicked", "list_id", "slot"):
         assert log[name].is_null().equals(is_view)
