@@ -3,7 +3,7 @@
 
 python jobs/benchmark.py attention                                 # 5 minutes on 2 cores, 9 GB for dense at 8192
 python jobs/benchmark.py attention --device cuda                   # 2 minutes on one GPU of 80 GB
-python jobs/benchmark.py prepare                                   # 10 million rows; pip install '.[peers]' first
+python jobs/benchmark.py prepare                                   # 10 million rows; pip install -e '.[peers]' first
 python jobs/benchmark.py step                                      # pip install '.[step-peers]' elsewhere first
 python jobs/benchmark.py step-models                               # minutes on 2 cores
 python jobs/benchmark.py stream                                    # minutes on 2 cores

@@ -2,7 +2,7 @@
 """Compare models and ablations on the same data, seeds and budget: Ray, paired bootstrap over users.
 
 python jobs/compare.py --config jobs/configs/compare-smoke.yaml                       # the generated log, minutes
-python jobs/compare.py --config jobs/configs/compare-ml-100k.yaml --set data.path=ml-100k.parquet
+python jobs/compare.py --config jobs/configs/compare-ml-100k.yaml --set data.path=ml-100k.parquet --rows hpgr mtgr
 python jobs/compare.py --run runs/mine --resume                                       # go on after an interruption
 python jobs/compare.py --run runs/mine --resume --set compare.seeds=[0,1,2,3,4]       # ... with more seeds
 ray job submit --working-dir . -- python jobs/compare.py --config jobs/configs/compare-ml-1m.yaml --run s3://bucket/all
@@ -23,6 +23,7 @@ MATRIX = "compare."
 def job(argv: Sequence[str]) -> None:
     parser = command.parser(str(__doc__))
     parser.add_argument("--run", metavar="DIR", help="folder of the comparison, local or s3:// (default: runs/...)")
+    parser.add_argument("--rows", metavar="ROW", nargs="+", help="these rows of the matrix alone, and their studies")
     parser.add_argument("--resume", action="store_true", help="go on with the comparison in --run")
     arguments = parser.parse_args(argv)
     if arguments.resume and not arguments.run:
@@ -35,6 +36,8 @@ def job(argv: Sequence[str]) -> None:
     own = [text.removeprefix(MATRIX) for text in arguments.overrides if text.startswith(MATRIX)]
     others = [text for text in arguments.overrides if not text.startswith(MATRIX)]
     plan = load_matrix(arguments.config, others, own) if arguments.config else stored_plan(arguments.run, others, own)
+    if arguments.rows is not None:
+        plan = plan.only(arguments.rows)
     if arguments.print_config:
         return command.print_config(plan.base)
 

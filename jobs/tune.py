@@ -59,7 +59,11 @@ def next_commands(folder: str, best: str) -> list[str]:
     if "://" in folder:
         return commands
     again = f"python jobs/two_stage.py --config {shlex.quote(folder)}/best.yaml --set seed=1"
-    return [again, *commands, f"optuna-dashboard sqlite:///{shlex.quote(folder)}/study.db"]
+    return [
+        again,
+        *commands,
+        f"pip install optuna-dashboard && optuna-dashboard sqlite:///{shlex.quote(folder)}/study.db",
+    ]
 
 
 if __name__ == "__main__":

@@ -131,14 +131,13 @@ class Matrix(Section):
             named += [(f"{key}.row", getattr(self, key).row)] if getattr(self, key) else []
         if self.noise:
             named += [("noise.sparse", self.noise.sparse), ("noise.dense", self.noise.dense)]
-        faults = [
-            f"{key}: there is no row {name!r}; {self._near(name)}" for key, name in named if name not in self.rows
-        ]
+        faults = [f"{key}: there is no row {name!r}; {self.near(name)}" for key, name in named if name not in self.rows]
         if faults:
             raise ValueError("; ".join(faults))
         return self
 
-    def _near(self, name: str) -> str:
+    def near(self, name: str) -> str:
+        """What a name that is no row's may have meant."""
         near = difflib.get_close_matches(name, self.rows, n=1)
         return f"did you mean {near[0]}?" if near else f"rows: {', '.join(self.rows)}"
 
@@ -172,6 +171,26 @@ class Plan:
 
     matrix: Matrix
     base: Config
+
+    def only(self, names: Sequence[str]) -> Plan:
+        """These rows alone, the baselines among them, and the studies that need no other.
+
+        Raises:
+            ConfigError: there is no such row.
+        """
+        matrix = self.matrix
+        missing = [name for name in names if name not in matrix.rows]
+        if missing:
+            raise ConfigError(f"--rows: there is no row {missing[0]!r}; {matrix.near(missing[0])}")
+        curves, learnt, noise = matrix.sensitivity, matrix.learnt, matrix.noise
+        kept = {
+            "rows": {name: matrix.rows[name] for name in names},
+            "baseline": [name for name in matrix.baselines if name in names],
+            "sensitivity": curves if curves and curves.row in names else None,
+            "learnt": learnt if learnt and learnt.row in names else None,
+            "noise": noise if noise and {noise.sparse, noise.dense} <= set(names) else None,
+        }
+        return Plan(matrix.model_copy(update=kept), self.base)
 
     def cell(self, row: str, seed: int, values: Values | None = None, data: dict[str, Any] | None = None) -> Cell:
         """A cell of a row; `data` places other values before the row's own, such as another generated log."""

@@ -4,6 +4,7 @@ import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import yaml
 
 from hpgr.config import Config, override, validate
 from hpgr.config.reading import inner_section
-from hpgr.search.matrix import Matrix
+from hpgr.search.matrix import Matrix, load_matrix
 from hpgr.search.space import Space
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -124,6 +125,15 @@ def test_batch_score_commands_parse() -> None:
     assert len(found) >= 4
     for words in found:
         job.parser().parse_args(words[words.index("jobs/batch_score.py") + 1 :])
+
+
+def test_rows_of_results_are_rows_of_their_matrix() -> None:
+    told = re.findall(r"`(compare-[\w-]+\.yaml)([^`]*--rows [^`]+)`", text_of(ROOT / "docs/results.md"))
+    assert len(told) >= 5
+    for name, words in told:
+        rows = takewhile(lambda word: not word.startswith("--"), shlex.split(words.partition("--rows ")[2]))
+        known = load_matrix(ROOT / "jobs/configs" / name)
+        known.only([" ".join(row.split()) for row in rows if row != "..."])
 
 
 def test_a_wrong_key_is_found() -> None:

@@ -87,6 +87,24 @@ def test_every_row_tries_the_same_settings_beside_its_own() -> None:
     assert [c.values for c in other.tuned("full")] != tried["full"]
 
 
+def test_rows_alone_keep_the_studies_that_are_theirs() -> None:
+    studies = {
+        "baseline": ["dense", "alone"],
+        "noise": {"sparse": "full", "dense": "dense"},
+        "learnt": {"row": "full"},
+        "sensitivity": {"row": "alone", "over": {TOP_K: [1, 2]}},
+    }
+    p = plan(**studies, seeds=[5]).only(["dense", "full"])
+    m = p.matrix
+    assert (list(m.rows), m.baselines, m.seeds) == (["dense", "full"], ["dense"], [5])
+    assert (m.noise is not None, m.learnt is not None, m.sensitivity) == (True, True, None)
+    alone = p.only(["full"]).matrix
+    assert (alone.baselines, alone.noise, alone.learnt is not None) == (["full"], None, True)
+    assert parse_matrix(yaml.safe_load(to_yaml(alone))) == alone
+    with pytest.raises(ConfigError, match="--rows: there is no row 'ful'; did you mean full"):
+        p.only(["full", "ful"])
+
+
 def test_tuning_does_not_change_what_makes_the_row() -> None:
     drawn = {"parameters": {LR: [0.001, 0.002, 0.004], LAYERS: [1, 2, 3]}, "draws": 9}
     p = plan(rows={"full": {}, "one layer": {LAYERS: 1}}, tuning=drawn)
