@@ -69,7 +69,9 @@ class Stage2(Section):
     action_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of predicting, of each impression that is itself in the history, what was done with its item beside
     whether it was clicked, such as the rating. 0 leaves it out, and so does a log whose training impressions of one
-    label are all of one action. hpgr alone."""
+    label are all of one action. hpgr alone, unless `action_baselines`."""
+    action_baselines: bool = False
+    """Ask hstu, mtgr and din too, to see how much of HPGR's distance to them it is."""
     epochs: Count = 10
     """Most epochs."""
     patience: Count = 3

@@ -18,6 +18,7 @@ from hpgr.model.embedding import EventEncoder, Matches, MatchFeatures, Sizes
 from hpgr.model.inputs import Inputs, tiles
 from hpgr.model.noise import Noise
 from hpgr.model.pgsa import visible_mask
+from hpgr.schema import NO_ACTION
 
 ITEM_TABLE = "events.item.weight"
 INHERITED = ("events.", "sem.", "encoder.")
@@ -198,6 +199,8 @@ def shrunk(table: Tensor, seen: Tensor, shrinkage: float) -> Tensor:
 class TokenClick(ClickModel):
     """A click model whose history and candidates are tokens of the shared event encoder."""
 
+    action_weight = 0.0
+
     def __init__(self, config: Config, sizes: Sizes) -> None:
         super().__init__(config)
         model = config.model
@@ -206,6 +209,43 @@ class TokenClick(ClickModel):
         vectors = model.width if model.by_vectors else 0
         self.asvd = AsymmetricSvd(model.asvd, sizes, vectors) if model.with_asvd and sizes.graded else None
         self.head = click_head(model.width, sizes.base_rate)
+
+    def ask_actions(self, config: Config, sizes: Sizes) -> None:
+        """Ask what was done with impressions in training, if it is to be asked here (see `forward`).
+
+        Actions that the label alone tells apart would be the click's question again.
+        """
+        asked = sizes.graded and (config.model.name == "hpgr" or config.stage2.action_baselines)
+        if not (asked and config.stage2.action_weight):
+            return
+        self.action_weight = config.stage2.action_weight
+        known = torch.tensor(sizes.train_actions).index_fill(1, torch.tensor(NO_ACTION), 0)
+        last, rates = nn.Linear(config.model.width, sizes.actions), known.sum(0) + 1
+        with torch.no_grad():
+            last.bias.copy_((rates / rates.sum()).log())
+        self.action_head = head(config.model.width, last)
+
+    def forward(self, x: Inputs, noise: Noise | None = None) -> Output:
+        """As in `ClickModel`; while training also what the user did with each candidate, where that is known [D].
+
+        The question about actions that stage 1 asks: a rating says more of an item than whether it is above a bound.
+        Answers start at their rates in training, and scores do not read them.
+        """
+        if not (self.training and self.action_weight):
+            return super().forward(x, noise)
+        encoded = self.encoded(self.past(x, noise), x, noise)
+        output = click_output(self.click(encoded, x, noise), x)
+        action = torch.where(x.c_real & (x.c_label >= 0), x.c_action, NO_ACTION)
+        logits = self.action_head(encoded).float()
+        loss = F.cross_entropy(logits.flatten(0, 1), action.flatten(), ignore_index=NO_ACTION, reduction="sum")
+        return output._replace(loss=output.loss + self.action_weight * loss)
+
+    def read(self, past: Past, x: Inputs, noise: Noise | None = None, shares: list[Tensor] | None = None) -> Tensor:
+        return self.click(self.encoded(past, x, noise, shares), x, noise)
+
+    def encoded(self, past: Past, x: Inputs, noise: Noise | None, shares: list[Tensor] | None = None) -> Tensor:
+        """Candidates after all layers: [B, M, D]. Other arguments as of `read`."""
+        raise AssertionError("a kind of TokenClick says how")
 
     def know_items(self, items: pa.Table) -> None:
         if self.asvd is not None:

@@ -55,11 +55,11 @@ class DinClick(TokenClick):
     def past(self, x: Inputs, noise: Noise | None) -> Past:
         return Past([(self.events.history(x, noise),)])
 
-    def read(self, past: Past, x: Inputs, noise: Noise | None = None, shares: list[Tensor] | None = None) -> Tensor:
-        """As in `ClickModel`; it has no attention shares to show."""
+    def encoded(self, past: Past, x: Inputs, noise: Noise | None, shares: list[Tensor] | None = None) -> Tensor:
+        """As in `TokenClick`; it has no attention shares to show."""
         assert shares is None, "attention shares are shown for hstu and hpgr"
         (h,) = next(iter(past.shown))
         c = self.candidates(x, noise)
         interest = self.norm((self.unit(c, h) * visible_mask(x.c_visible, h.shape[1])) @ h)
         mixed = self.dropout(F.gelu(self.mix(torch.cat([c, interest, c * interest], -1))), noise, stream=1)
-        return self.click(c + mixed, x, noise)
+        return c + mixed

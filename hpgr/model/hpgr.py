@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpgr.config import Config
-from hpgr.model.base import ITEM_TABLE, Output, Past, TokenClick, click_output, head
+from hpgr.model.base import ITEM_TABLE, Past, TokenClick
 from hpgr.model.embedding import Sizes
 from hpgr.model.hstu import HstuEncoder, KeyValue
 from hpgr.model.inputs import Inputs
@@ -18,7 +18,6 @@ from hpgr.model.pgsa import select_anchors, visible_mask
 from hpgr.model.preference import PreferenceFeatures, nearest, relevance_of
 from hpgr.model.relation import Queries, Relation, fuses, keep, relate, relate_sparsely, sessions_of, sparse_weights
 from hpgr.model.sem import Sem
-from hpgr.schema import NO_ACTION
 
 
 class HstuClick(TokenClick):
@@ -38,12 +37,8 @@ class HstuClick(TokenClick):
         relation = self._relation(x, Queries(x.h_item, x.h_time, x.h_visible), sparse, sparse, self.config.pgsa.impl)
         return self.encoder.encode(self.history(x, noise), relation, noise)
 
-    def read(self, past: Past, x: Inputs, noise: Noise | None = None, shares: list[Tensor] | None = None) -> Tensor:
-        """As in `ClickModel`; shares are of all events, so where they are wanted the reference attends."""
-        return self.click(self.encoded(past, x, noise, shares), x, noise)
-
     def encoded(self, past: Past, x: Inputs, noise: Noise | None, shares: list[Tensor] | None = None) -> Tensor:
-        """Candidates after all layers: [B, M, D]."""
+        """As in `TokenClick`; shares are of all events, so where they are wanted the reference attends."""
         query = None if past.vectors is None else self.anchor_vectors(x.c_item)
         impl = self.config.pgsa.impl if shares is None else "reference"
         relation = self._relation(x, Queries(x.c_item, x.c_time, x.c_visible), query, past.vectors, impl)
@@ -92,30 +87,7 @@ class HpgrClick(HstuClick):
         frozen = model.by_vectors and model.pgsa.anchors == "frozen"
         self.register_buffer("anchor_table", torch.zeros(sizes.items if frozen else 0, model.width))
         self.register_buffer("trust", torch.ones(sizes.items if model.by_vectors else 0, 1))
-        # Actions that the label alone tells apart would be the click's question again.
-        self.action_weight = config.stage2.action_weight if sizes.graded else 0.0
-        if self.action_weight:
-            known = torch.tensor(sizes.train_actions).index_fill(1, torch.tensor(NO_ACTION), 0)
-            last, rates = nn.Linear(model.width, sizes.actions), known.sum(0) + 1
-            with torch.no_grad():
-                last.bias.copy_((rates / rates.sum()).log())
-            self.action_head = head(model.width, last)
         number_sites(self)
-
-    def forward(self, x: Inputs, noise: Noise | None = None) -> Output:
-        """As in `ClickModel`; while training also what the user did with each candidate, where that is known [D].
-
-        The question about actions that stage 1 asks: a rating says more of an item than whether it is above a bound.
-        Answers start at their rates in training, and scores do not read them.
-        """
-        if not (self.training and self.action_weight):
-            return super().forward(x, noise)
-        encoded = self.encoded(self.past(x, noise), x, noise)
-        output = click_output(self.click(encoded, x, noise), x)
-        action = torch.where(x.c_real & (x.c_label >= 0), x.c_action, NO_ACTION)
-        logits = self.action_head(encoded).float()
-        loss = F.cross_entropy(logits.flatten(0, 1), action.flatten(), ignore_index=NO_ACTION, reduction="sum")
-        return output._replace(loss=output.loss + self.action_weight * loss)
 
     def inherit(self, stage1: dict[str, Tensor], seen: Tensor, shrinkage: float) -> None:
         """Take over stage 1's weights, and its item table as the frozen anchor vectors.

@@ -113,8 +113,8 @@ class MtgrClick(TokenClick):
                 closed = block.update(closed, own, (own[3], own[1]), bias, sees, noise, HISTORY)
                 live = block.update(live, own_live, keys, bias, live_sees, noise, REAL_TIME)
 
-    def read(self, past: Past, x: Inputs, noise: Noise | None = None, shares: list[Tensor] | None = None) -> Tensor:
-        """As in `ClickModel`; it has no attention shares to show."""
+    def encoded(self, past: Past, x: Inputs, noise: Noise | None, shares: list[Tensor] | None = None) -> Tensor:
+        """As in `TokenClick`; it has no attention shares to show."""
         assert shares is None, "attention shares are shown for hstu and hpgr"
         c = self.candidates(x, noise)
         weights = torch.cat(live_masks(x, *self._of_candidates(x)), -1)
@@ -122,7 +122,7 @@ class MtgrClick(TokenClick):
         for block, (key, value) in zip(cast("list[MtgrBlock]", self.blocks), past.shown, strict=True):
             own = block.uvqk(c, CANDIDATE)
             c = block.update(c, own, (key, value), block.bias(pairs), sees, noise, CANDIDATE)
-        return self.click(c, x, noise)
+        return c
 
     def _relation(self, x: Inputs, item: Tensor, time: Tensor, visible: Tensor, sees: Tensor) -> tuple[Pairs, Tensor]:
         relation = relate(x, item, time, visible, sees, self.config, self.window)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hpgr.config import Config
-from hpgr.model.base import ClickModel, ItemModel
+from hpgr.model.base import ClickModel, ItemModel, TokenClick
 from hpgr.model.din import DinClick
 from hpgr.model.embedding import Sizes
 from hpgr.model.hpgr import HpgrClick, HstuClick
@@ -26,7 +26,10 @@ ITEM_MODELS: dict[str, type[ItemModel]] = {"masked_item": MaskedItemModel, "next
 
 def click_model(config: Config, sizes: Sizes) -> ClickModel:
     """Stage 2's model, by `model.name`."""
-    return CLICK_MODELS[config.model.name](config, sizes)
+    model = CLICK_MODELS[config.model.name](config, sizes)
+    if isinstance(model, TokenClick):
+        model.ask_actions(config, sizes)
+    return model
 
 
 def item_model(config: Config, sizes: Sizes) -> ItemModel:

@@ -120,12 +120,14 @@ def test_the_loss_is_the_sum_over_labelled_real_candidates() -> None:
     assert float(output.loss) == pytest.approx(float(sum(terms)), rel=1e-5)
 
 
-def test_while_training_the_loss_also_asks_what_was_done_with_candidates() -> None:
+@pytest.mark.parametrize("name", ["hpgr", "hstu", "mtgr", "din"])
+def test_while_training_the_loss_also_asks_what_was_done_with_candidates(name: str) -> None:
     """Weight times the cross-entropy of the actions of labelled real candidates; no action asks nothing."""
     batch = random_batch(3, 8, 4)
     labels = np.where(np.arange(12) % 5 == 0, -1, batch.t_label).astype(np.int8)
     x = inputs(replace(batch, t_label=labels))
-    model = shaken(click_model(tiny(stage2={"action_weight": 2.5}), SIZES))
+    asked_too = {"action_weight": 2.5, "action_baselines": name != "hpgr"}
+    model = shaken(click_model(tiny(model={"name": name}, stage2=asked_too), SIZES))
     encoded = model.encoded(model.past(x, None), x, None)[:, :4].flatten(0, 1)
     asked = (torch.from_numpy(labels) >= 0) & (x.c_action[:, :4].flatten() != NO_ACTION)
     assert 0 < asked.sum() < (labels >= 0).sum()
@@ -146,20 +148,30 @@ def test_candidates_of_no_known_action_train_as_without_the_question() -> None:
 
 
 @pytest.mark.parametrize(
-    ("weight", "counts", "name", "asks"),
+    ("weight", "counts", "name", "baselines", "asks"),
     [
-        (1.0, ((9, 0, 0, 0, 0), (0, 0, 5, 0, 1)), "hpgr", True),
-        (0.0, ((9, 0, 0, 0, 0), (0, 0, 5, 0, 1)), "hpgr", False),
-        (1.0, ((9, 0, 0, 0, 0), (0, 0, 5, 0, 1)), "hstu", False),
-        (1.0, ((9, 0, 0, 0, 0), (0, 0, 5, 0, 0)), "hpgr", False),
-        (1.0, ((9, 0, 3, 0, 0), (9, 0, 0, 0, 5)), "hpgr", False),
+        (1.0, ((9, 0, 0, 0, 0), (0, 0, 5, 0, 1)), "hpgr", False, True),
+        (0.0, ((9, 0, 0, 0, 0), (0, 0, 5, 0, 1)), "hpgr", False, False),
+        (1.0, ((9, 0, 0, 0, 0), (0, 0, 5, 0, 1)), "hstu", False, False),
+        (1.0, ((9, 0, 0, 0, 0), (0, 0, 5, 0, 1)), "hstu", True, True),
+        (1.0, ((9, 0, 0, 0, 0), (0, 0, 5, 0, 1)), "logistic", True, False),
+        (1.0, ((9, 0, 0, 0, 0), (0, 0, 5, 0, 0)), "hpgr", False, False),
+        (1.0, ((9, 0, 3, 0, 0), (9, 0, 0, 0, 5)), "hpgr", False, False),
     ],
-    ids=["clicks and purchases", "no weight", "another model", "one action", "an action a label"],
+    ids=[
+        "clicks and purchases",
+        "no weight",
+        "another model",
+        "another model too",
+        "no tokens",
+        "one action",
+        "an action a label",
+    ],
 )
 def test_actions_are_asked_where_they_say_more_than_the_label(
-    weight: float, counts: tuple[tuple[int, ...], ...], name: str, asks: bool
+    weight: float, counts: tuple[tuple[int, ...], ...], name: str, baselines: bool, asks: bool
 ) -> None:
-    config = tiny(model={"name": name}, stage2={"action_weight": weight})
+    config = tiny(model={"name": name}, stage2={"action_weight": weight, "action_baselines": baselines})
     assert hasattr(click_model(config, replace(SIZES, train_actions=counts)), "action_head") == asks
 
 
