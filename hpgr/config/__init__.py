@@ -18,13 +18,13 @@ from hpgr.config.data import (
 )  # fmt: skip
 from hpgr.config.model import Asvd, Din, Model, Mtgr, Pgsa, Sem
 from hpgr.config.plain import plain_mapping
-from hpgr.config.reading import dump, load_config, override, to_yaml, validate
+from hpgr.config.reading import dump, faults_of, load_config, override, to_yaml, validate
 from hpgr.config.training import Checkpoints, Evaluation, Optimiser, Resources, Scoring, Stage1, Stage2, Tracking
 from hpgr.config.tree import Config
 
 __all__ = [
     "Asvd", "Checkpoints", "Columns", "Config", "Count", "Data", "Din", "Evaluation", "Feature", "LabelRule", "Model",
     "Mtgr", "Natural", "Optimiser", "Pgsa", "Positive", "Resources", "Rule", "Scoring", "Section", "Sem", "Share",
-    "Split", "Stage1", "Stage2", "Stream", "Synthetic", "Tracking", "Vocabulary", "dump", "load_config", "override",
-    "plain_mapping", "to_yaml", "utc_us", "validate",
+    "Split", "Stage1", "Stage2", "Stream", "Synthetic", "Tracking", "Vocabulary", "dump", "faults_of", "load_config",
+    "override", "plain_mapping", "to_yaml", "utc_us", "validate",
 ]  # fmt: skip

@@ -103,10 +103,7 @@ def _describe(error: Any) -> str:
     location = [str(part) for part in error["loc"]]
     path, kind, got = ".".join(location), error["type"], error.get("input")
     if kind == "extra_forbidden":
-        allowed = sorted(_section(location[:-1]).model_fields)
-        near = difflib.get_close_matches(location[-1], allowed, n=1, cutoff=0.6)
-        hint = f"did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f"allowed: {', '.join(allowed)}"
-        return f"{path}: unknown key; {hint}"
+        return _unknown_key(location, Config)
     message = error["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return f"{path}: {message}" if path else message
@@ -114,9 +111,29 @@ def _describe(error: Any) -> str:
     return f"{path}: got {text if len(text) < 80 else text[:77] + '...'}; {message[:1].lower() + message[1:]}"
 
 
-def _section(location: Sequence[str]) -> type[Section]:
-    """The model class at a dotted path, looking through lists and optionals."""
-    section: type[Section] = Config
+def faults_of(error: ValidationError, root: type[Section]) -> list[str]:
+    """A line for each fault of a tree beside the configuration, such as a space."""
+    out = []
+    for e in error.errors():
+        location = [str(part) for part in e["loc"]]
+        message = e["msg"].removeprefix("Value error, ")
+        if e["type"] == "extra_forbidden":
+            out.append(_unknown_key(location, root))
+        else:
+            out.append(f"{'.'.join(location)}: {message}" if location else message)
+    return out
+
+
+def _unknown_key(location: Sequence[str], root: type[Section]) -> str:
+    allowed = sorted(_section(location[:-1], root).model_fields)
+    near = difflib.get_close_matches(location[-1], allowed, n=1, cutoff=0.6)
+    hint = f"did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f"allowed: {', '.join(allowed)}"
+    return f"{'.'.join(location)}: unknown key; {hint}"
+
+
+def _section(location: Sequence[str], root: type[Section]) -> type[Section]:
+    """The model class at a dotted path below `root`, looking through lists and optionals."""
+    section = root
     for part in location:
         field = section.model_fields.get(part)
         if field is not None:

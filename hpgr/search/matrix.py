@@ -15,7 +15,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from hpgr.artifacts import Folder, absolute, fingerprint
-from hpgr.config import Config, Count, Natural, Section, dump, load_config, override, plain_mapping, validate
+from hpgr.config import Config, Count, Natural, Section, dump, faults_of, load_config, override, plain_mapping, validate
 from hpgr.errors import ArtifactError, ConfigError
 from hpgr.search.space import FIXED, Scalar, leaves_of, placed, value_at
 
@@ -268,8 +268,7 @@ def parse_matrix(raw: Mapping[str, Any], faults: Sequence[str] = ()) -> Matrix:
     try:
         matrix = Matrix.model_validate(raw)
     except ValidationError as error:
-        found = [(".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors()]
-        faults = [*faults, *(f"{path}: {message}" if path else message for path, message in found)]
+        faults = [*faults, *faults_of(error, Matrix)]
     if faults or matrix is None:
         raise ConfigError(f"{len(faults)} fault(s) in the matrix:\n" + "\n".join(f"  - {f}" for f in faults))
     return matrix

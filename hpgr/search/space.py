@@ -14,7 +14,7 @@ import yaml
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from hpgr.config import Config, Count, Natural, Positive, Section, dump, override, plain_mapping, validate
+from hpgr.config import Config, Count, Natural, Positive, Section, dump, faults_of, override, plain_mapping, validate
 from hpgr.errors import ConfigError
 
 Scalar = bool | int | float | str | None
@@ -188,9 +188,7 @@ def parse_space(raw: Mapping[str, Any], faults: Sequence[str] = ()) -> Space:
     try:
         space = Space.model_validate(raw)
     except ValidationError as error:
-        found = [(".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors()]
-        told = [f"{path}: {message}" if path else message for path, message in found]
-        faults = [*faults, *told]
+        faults = [*faults, *faults_of(error, Space)]
     if faults:
         raise ConfigError(f"{len(faults)} fault(s) in the space:\n" + "\n".join(f"  - {f}" for f in faults))
     return space

@@ -176,7 +176,7 @@ def test_values_that_no_cell_may_have_are_faults_of_their_place() -> None:
     ("more", "message"),
     [
         ({"rows": {}}, "rows: Dictionary should have at least 1 item"),
-        ({"row": {}}, "row: Extra inputs are not permitted"),
+        ({"row": {}}, "row: unknown key; did you mean rows?"),
         ({"seeds": []}, "seeds: List should have at least 1 item"),
         ({"seeds": [1, 1]}, "seeds: got [1, 1], expected different ones"),
         ({"baseline": "dence"}, "baseline: there is no row 'dence'; did you mean dense?"),

@@ -78,7 +78,7 @@ def test_all_faults_come_at_once_with_their_paths() -> None:
         ({"log_integer": [1, 4], "step": 1}, "step goes with uniform and integer"),
         ({"integer": [1, 4], "step": 0.5}, "expected a whole number"),
         ({"choice": [1, 1]}, "different values"),
-        ({"choices": [1, 2]}, "Extra inputs"),
+        ({"choices": [1, 2]}, "choices: unknown key; did you mean parameters.model.pgsa.top_k.choice?"),
         ({"uniform": [1, 2, 3]}, "at most 2"),
     ],
 )
