@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from hpgr import config as configuration
 from hpgr.artifacts import Folder
@@ -30,9 +31,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Tests that signal jobs, and themselves, mean the signals' defaults; a shell's background ignores some."""
+    """Tests that signal jobs, and themselves, mean the signals' defaults; a shell's background ignores some.
+
+    Ray's workers are as urgent as all else: as nice as they are they would wait for the tests of another process.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    os.environ.setdefault("RAY_worker_niceness", "0")
+
+
+class RayInOneProcess(LoadScopeScheduling):
+    """In several processes (-n) a file's tests stay together, for what they share; those that start a Ray, all of them:
+    two at a time would take the machine from each other."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        return "ray" if file.startswith(("tests/faults/", "tests/jobs/", "tests/ray/")) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> RayInOneProcess:
+    return RayInOneProcess(config, log)
 
 
 def _table(rows: Rows) -> pa.Table:
