@@ -121,6 +121,15 @@ def test_launched_clusters_listen_on_loopback_and_ask_for_a_token(name: str) -> 
     assert "/home/ray/.ray/auth_token" in config["file_mounts"]
 
 
+def test_workers_on_google_cloud_have_the_account_that_ray_gives_the_head() -> None:
+    """Ray gives it to the head alone; a machine without one reads no bucket."""
+    config = launcher("gcp.yaml")
+    email = f"ray-autoscaler-sa-v1@{config['provider']['project_id']}.iam.gserviceaccount.com"
+    for name, kind in config["available_node_types"].items():
+        accounts = kind["node_config"].get("serviceAccounts", [])
+        assert [a["email"] for a in accounts] == ([] if name == "head" else [email])
+
+
 @pytest.mark.parametrize("name", KUBERAY)
 def test_kuberay_takes_the_file(name: str) -> None:
     for document in documents(f"kuberay/{name}"):
