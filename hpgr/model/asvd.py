@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpgr.config import Asvd
-from hpgr.model.embedding import Sizes
-from hpgr.model.inputs import Inputs, tiles
+from hpgr.model.embedding import Sizes, own_events
+from hpgr.model.inputs import Inputs
 from hpgr.model.noise import Dropout, Noise
-from hpgr.model.pgsa import visible_mask
 
 TABLES = ("asvd.past.weight", "asvd.candidate.weight", "asvd.bias.weight")
 """Names of its tables of items in a click model."""
@@ -91,10 +90,6 @@ class AsymmetricSvd(nn.Module):
 
 def _actions_on_itself(x: Inputs, actions: int) -> Tensor:
     """How often each action was done with the candidates' own items in the visible past: [B, M, A], float32."""
-    (rows, n), parts = x.h_item.shape, []
     kinds = F.one_hot(x.h_action, actions).float()
     with torch.autocast(kinds.device.type, enabled=False):  # bf16 counts to 256
-        for tile in tiles(rows, x.c_item.shape[1], n):
-            same = (x.c_item[:, tile, None] == x.h_item[:, None, :]) & visible_mask(x.c_visible[:, tile], n)
-            parts.append(same.float() @ kinds)
-    return torch.cat(parts, 1)
+        return torch.cat([same.float() @ kinds for same in own_events(x)], 1)

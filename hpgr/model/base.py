@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from hpgr.config import Config
 from hpgr.model.asvd import AsymmetricSvd
-from hpgr.model.embedding import EventEncoder, Matches, MatchFeatures, Sizes
-from hpgr.model.inputs import Inputs, tiles
+from hpgr.model.embedding import EventEncoder, Matches, MatchFeatures, Sizes, own_events
+from hpgr.model.inputs import Inputs
 from hpgr.model.noise import Noise
 from hpgr.model.pgsa import visible_mask
 from hpgr.schema import NO_ACTION
@@ -269,11 +269,8 @@ class TokenClick(ClickModel):
 
 def visible_matches(x: Inputs) -> Matches:
     """The candidates' matches in the histories: [B, M]."""
-    (rows, n), found = x.h_item.shape, []
-    after = torch.arange(1, n + 1, device=x.h_item.device)
-    for tile in tiles(rows, x.c_item.shape[1], n):
-        same = (x.c_item[:, tile, None] == x.h_item[:, None, :]) & visible_mask(x.c_visible[:, tile], n)
-        found.append((same.sum(-1), (same * after).amax(-1)))
+    after = torch.arange(1, x.h_item.shape[1] + 1, device=x.h_item.device)
+    found = [(same.sum(-1), (same * after).amax(-1)) for same in own_events(x)]
     count, last = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
     some, place = count > 0, (last - 1).clamp(min=0)
     time, action = x.h_time.gather(1, place), x.h_action.gather(1, place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from hpgr.config import Model
-from hpgr.model.inputs import Inputs
+from hpgr.model.inputs import Inputs, tiles
 from hpgr.model.noise import Dropout, Noise
+from hpgr.model.pgsa import visible_mask
 from hpgr.model.timing import time_before, time_bucket
 from hpgr.schema import MASK, NO_ACTION, PAD, Array
 
@@ -134,6 +136,13 @@ class EventEncoder(nn.Module):
         """Time since the last visible event; index 0 is "there is none"."""
         bucket = 1 + time_bucket(time - time_before(x.h_time, visible), self.buckets)
         return self.gap(bucket * (visible > 0))
+
+
+def own_events(x: Inputs) -> Iterator[Tensor]:
+    """Which visible events are of the candidates' own items: [B, T, N] booleans, a tile of candidates at a time."""
+    rows, n = x.h_item.shape
+    for tile in tiles(rows, x.c_item.shape[1], n):
+        yield (x.c_item[:, tile, None] == x.h_item[:, None, :]) & visible_mask(x.c_visible[:, tile], n)
 
 
 @dataclass(frozen=True)
