@@ -162,11 +162,11 @@ class Study:
         except ConfigError as error:
             self._tell(trial.number, "void", error=str(error).splitlines()[-1].strip())
             return None
-        trial.set_user_attr("key", found.key)
-        trial.set_user_attr("stage1", found.stage1)
         if found.key in self._known:
             self._repeat(trial.number, self._known[found.key])
             return None
+        self.note(trial.number, stage1=found.stage1)
+        self.note(trial.number, key=found.key)  # last: what has it is a trial, however soon after the driver dies
         return found
 
     def _fresh(self) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.storages import RDBStorage
 
 from hpgr.artifacts import Folder, fingerprint
 from hpgr.config import Config
@@ -112,6 +113,38 @@ def test_a_search_that_ended_while_it_drew_goes_on(tmp_path: Path) -> None:
     assert [row.state for row in again.rows()] == ["running", "void"]
     assert again.tried() == 1
     assert asked(again).number == 2
+
+
+@pytest.mark.parametrize("writes", range(8))
+def test_a_driver_may_die_between_any_two_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
+    """However much of a draw was written down, the next search opens, and tries each configuration once."""
+    write, left = RDBStorage.set_trial_user_attr, writes
+
+    def dying(storage: RDBStorage, *words: Any, **named: Any) -> None:
+        nonlocal left
+        if left == 0:
+            raise KeyboardInterrupt
+        left -= 1
+        write(storage, *words, **named)
+
+    def driver() -> None:
+        study = opened(tmp_path, two)
+        while True:
+            finished(study, asked(study), 0.5)
+
+    two = space({TOP_K: {"choice": [8, 32]}})
+    with monkeypatch.context() as patch:
+        patch.setattr(RDBStorage, "set_trial_user_attr", dying)
+        with pytest.raises(KeyboardInterrupt):
+            driver()
+    again = opened(tmp_path, two)
+    for cut in again.interrupted():
+        finished(again, cut, 0.5)
+    while again.tried() < 2:
+        finished(again, asked(again), 0.5)
+    values = [row.values[TOP_K] for row in again.rows() if row.state == "finished"]
+    assert sorted(values) == [8, 32]
+    assert len(again.ended()) == 2
 
 
 def test_the_start_is_drawn_again_if_the_search_ended_while_it_was_drawn(tmp_path: Path) -> None:
