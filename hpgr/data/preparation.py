@@ -89,6 +89,29 @@ class Prepared:
         return cls(folder, manifest)
 
 
+def check_log(data: Data) -> None:
+    """What can be told of a log before a Ray is started for it: a setting that is missing, and of a log on this
+    machine that it is not there or has no such column.
+
+    Raises:
+        ConfigError: the log of these settings is nowhere, or has no clicks.
+        DataError: it cannot be used.
+    """
+    _check_named(data)
+    local = [path for path in _given(data) if "://" not in path]
+    if local:
+        fragments(find_files(local, data.format), needed_columns(data))
+
+
+def _check_named(data: Data) -> None:
+    if data.columns.label is None:
+        raise ConfigError("data.columns.label: got null, expected the column of clicks; stage 2 learns from it")
+    foreign = [name for name in needed_columns(data) if name not in LOG_COLUMNS]
+    if data.path is None and foreign:
+        raise ConfigError(f"data.path: got none, and the generated log has no column {', '.join(map(repr, foreign))}; "
+                          "expected where the log of this configuration is: --set data.path=...")  # fmt: skip
+
+
 def prepare(config: Config, execute: Execute, say: Callable[[str], None]) -> Prepared:
     """Prepare the log of a configuration, or reuse what an equal input and settings gave before.
 
@@ -96,9 +119,8 @@ def prepare(config: Config, execute: Execute, say: Callable[[str], None]) -> Pre
         DataError: the log cannot be used; what is wrong and what to change.
     """
     data = config.data
-    if data.columns.label is None:
-        raise ConfigError("data.columns.label: got null, expected the column of clicks; stage 2 learns from it")
-    files = find_files(_paths(data, say), data.format)
+    _check_named(data)
+    files = find_files(_given(data) or [_generated(data, say)], data.format)
     inputs = inputs_fingerprint(files)
     settings = {k: v for k, v in dump(config)["data"].items() if k not in ("prepared", "path", "synthetic")}
     name = fingerprint({"format": FORMAT, "inputs": inputs, "settings": settings})
@@ -134,20 +156,19 @@ def sole(folder: Folder, say: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
-def _paths(data: Data, say: Callable[[str], None]) -> list[str]:
-    if data.path is not None:
-        return [data.path] if isinstance(data.path, str) else list(data.path)
-    foreign = [name for name in needed_columns(data) if name not in LOG_COLUMNS]
-    if foreign:
-        raise ConfigError(f"data.path: got none, and the generated log has no column {', '.join(map(repr, foreign))}; "
-                          "expected where the log of this configuration is: --set data.path=...")  # fmt: skip
+def _given(data: Data) -> list[str]:
+    return [data.path] if isinstance(data.path, str) else list(data.path or ())
+
+
+def _generated(data: Data, say: Callable[[str], None]) -> str:
+    """The generated log, which is written unless it is there."""
     log = generated_log(data)
     filesystem, path = log.path()
     with writing(path), sole(log, say):
         filesystem.create_dir(path, recursive=True)
         write_log(data.synthetic, path, filesystem)
     say(f"prepare: no data.path, using the generated log in {log.uri}")
-    return [log.sub("log").uri]
+    return log.sub("log").uri
 
 
 def generated_log(data: Data) -> Folder:

@@ -23,7 +23,7 @@ from hpgr.bootstrap import METRICS, resample, spread_of
 from hpgr.config import Config, dump, validate
 from hpgr.config import to_yaml as config_yaml
 from hpgr.data.click_tables import count_clicks, score_test
-from hpgr.data.preparation import Prepared
+from hpgr.data.preparation import Prepared, check_log
 from hpgr.data.stream import build_index
 from hpgr.errors import ArtifactError, ConfigError, HpgrError, TrainingError
 from hpgr.locks import held
@@ -71,6 +71,7 @@ def _compare(request: CompareRequest, say: Say) -> tuple[dict[str, Any], Compare
     check_tracking(request.plan.base)
     plan, folder = open_comparison(request)
     tell_of_copy(folder, say)
+    check_log(plan.base.data)
     with session(say):
         plan = replace(plan, base=settle(plan.base, here(), say, "cell"))
         job = _Comparison(plan, folder, say)

@@ -19,7 +19,7 @@ import torch
 import hpgr
 from hpgr.artifacts import FORMAT, Folder, absolute, check_format
 from hpgr.config import Config, dump, to_yaml, validate
-from hpgr.data.preparation import Execute, Prepared, generated_log, prepare
+from hpgr.data.preparation import Execute, Prepared, check_log, generated_log, prepare
 from hpgr.data.sessions import EDGES, session_statistics
 from hpgr.data.stream import build_index
 from hpgr.errors import ArtifactError, ConfigError
@@ -120,6 +120,7 @@ def _two_stage(request: Request, say: Say) -> tuple[dict[str, Any], str]:
     if folder.exists("metrics.json"):
         return _finished(folder, say)
     tell_of_copy(folder, say)
+    check_log(config.data)
     with journal(folder, say) as say, session(say):
         execute = RayExecute(say)
         ready = time.monotonic()
@@ -164,6 +165,7 @@ def _log_rows(run: Run) -> None:
 
 def prepare_only(config: Config, say: Say) -> Prepared:
     """The preparation alone, as `jobs/prepare.py` runs it."""
+    check_log(config.data)
     with session(say):
         return prepared_log(config, RayExecute(say), say)
 

@@ -15,6 +15,7 @@ from ray.tune.error import TuneError
 
 from hpgr.artifacts import FORMAT, Folder, absolute, check_format
 from hpgr.config import Config, Tracking, dump, override, plain_mapping, to_yaml, validate
+from hpgr.data.preparation import check_log
 from hpgr.data.stream import build_index
 from hpgr.errors import ArtifactError, ConfigError, HpgrError, TrainingError
 from hpgr.locks import held
@@ -61,6 +62,7 @@ def _search(request: SearchRequest, say: Say) -> tuple[dict[str, Any], SearchDat
     config, space, folder = open_search(request)
     tell_of_copy(folder, say)
     check_tracking(config)
+    check_log(config.data)
     with session(say):
         config = settle(config, here(), say, "trial")
         most = places(config, "trial", space.concurrency)

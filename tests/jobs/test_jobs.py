@@ -188,16 +188,19 @@ def test_a_run_folder_of_another_version_is_refused(tmp_path: Path) -> None:
         (["--set", "modell.width=3"], "did you mean model"),
         (["--config", "nowhere.yaml"], "cannot read config nowhere.yaml"),
         (["--set", "data.path=nowhere.parquet", "--set", "data.columns.label=clicked"], "nowhere.parquet"),
+        (["--set", "data.path=log.csv", "--set", "data.columns.user=visitor"], "no column 'visitor'"),
         (["--resume", "--run", "nowhere"], "there is no run"),
     ],
 )
 def test_a_user_error_is_one_message_and_exit_code_2(tmp_path: Path, arguments: list[str], words: str) -> None:
+    (tmp_path / "log.csv").write_text("user_id,item_id,timestamp,clicked\nu,i,1700000000,1\n")
     failed = run("two_stage.py", *arguments, "--set", f"data.prepared={tmp_path}/p", cwd=tmp_path) if (
         "--resume" not in arguments
     ) else run("two_stage.py", *arguments, cwd=tmp_path)  # fmt: skip
     assert failed.returncode == 2, failed.stdout
     assert words in failed.stderr
     assert "Traceback" not in failed.stderr
+    assert "ray:" not in failed.stdout  # told before one has waited for a Ray
 
 
 def test_print_config_is_a_config(tmp_path: Path) -> None:
