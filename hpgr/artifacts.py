@@ -19,9 +19,11 @@ import pyarrow.parquet as pq
 from hpgr.config.base import holds_key
 from hpgr.errors import ArtifactError, StoreError
 
-FORMAT = 7
+FORMAT = 8
 """Version of run folders and prepared logs; a folder of another version is refused, never guessed at."""
 SPACE = "; check space and permissions"
+ASIDE = ".tmp"
+"""End of the name that a file has on a disk until it is whole; a process that is killed then leaves one behind."""
 """What helps against most refusals to write."""
 PAUSES = (0.5, 2.0)
 """Seconds before a store that refused a read is asked again."""
@@ -195,7 +197,7 @@ def _read_whole(filesystem: pafs.FileSystem, path: str) -> bytes:
 
 
 def _write_local(path: str, content: bytes) -> None:
-    aside = f"{path}.{uuid.uuid4().hex}.tmp"
+    aside = f"{path}.{uuid.uuid4().hex}{ASIDE}"
     try:
         with open(aside, "wb") as file:
             file.write(content)

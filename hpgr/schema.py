@@ -4,9 +4,9 @@ Legend: U users (timelines), E history events of a table, I impressions of a tab
 N padded history length, M padded candidates of a row.
 
 A *timeline* holds one user's history events in time order and, apart from them, the user's impressions.
-`visible` of a history event or an impression is the number of the user's history events whose time is
-strictly before it: those are all it may ever look at, and they are a prefix of the history. Whatever
-happens in the same second or later cannot leak (design decision; see the docs/logs.md, "No leakage").
+`visible` of a history event or an impression is the number of the user's history events before its second:
+those are all it may ever look at, and they are a prefix of the history. Whatever happens in the same second
+or later cannot leak, however fine the log's clock (design decision; see the docs/logs.md, "No leakage").
 
 `action` of an impression is that of its row where the row is in the history too, else NO_ACTION: what a loss may ask.
 """

@@ -28,7 +28,8 @@ def job(argv: Sequence[str]) -> None:
     account = prepared.manifest["account"]
     for name, part in account["splits"].items():
         print(f"{name:<12}{part['impressions']:,} impressions, {part['positives']:,} clicks")
-    print(f"{'users':<12}{account['users']:,}\n{'prepared':<12}{prepared.folder.uri}")
+    print(f"{'history':<12}{account['history_events']:,} events\n{'users':<12}{account['users']:,}")
+    print(f"{'prepared':<12}{prepared.folder.uri}")
     return None
 
 

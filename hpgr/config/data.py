@@ -30,9 +30,14 @@ class Rule(Section):
     def _value_fits(self) -> Rule:
         if (self.value is None) != (self.op in ("is_null", "not_null")):
             raise ValueError(f"operator {self.op!r} and value {self.value!r} do not go together")
-        if isinstance(self.value, list) != (self.op in ("in", "not_in")):
-            raise ValueError(f"operator {self.op!r} got {self.value!r}; lists go with in and not_in only")
+        check_value(self.op, self.value)
         return self
+
+
+def check_value(op: Operator, value: object) -> None:
+    """Refuse a list where one value is compared, and the reverse."""
+    if isinstance(value, list) != (op in ("in", "not_in")):
+        raise ValueError(f"operator {op!r} got {value!r}; lists go with in and not_in only")
 
 
 class Columns(Section):
@@ -41,7 +46,7 @@ class Columns(Section):
     item: str = "item_id"
     """What was acted on; read as text."""
     time: str = "timestamp"
-    """When: an Arrow timestamp, or a number in `data.time_unit`."""
+    """When: an Arrow timestamp, a number in `data.time_unit`, or text of ISO 8601 (UTC where no zone is given)."""
     label: str | None = None
     """0/1 column, null = not a target; or the column that `data.label_rule` turns into 0/1."""
     action: str | None = None
@@ -53,10 +58,19 @@ class Columns(Section):
 
 
 class LabelRule(Section):
-    op: Literal["==", "!=", ">=", ">", "<=", "<"] = ">="
-    """How the label column is compared with `value`: a click where it holds."""
-    value: float | str
-    """What it is compared with."""
+    op: Literal["==", "!=", ">=", ">", "<=", "<", "in", "not_in"] = ">="
+    """How the label column is compared with `value`: a click where it holds. Text goes with ==, !=, in and not_in."""
+    value: float | str | list[float | str]
+    """What it is compared with; a list for `in` and `not_in`."""
+
+    @model_validator(mode="after")
+    def _value_fits(self) -> LabelRule:
+        check_value(self.op, self.value)
+        if isinstance(self.value, str) and self.op not in ("==", "!="):
+            raise ValueError(
+                f"operator {self.op!r} would compare {self.value!r} by the alphabet; give op: ==, or a number"
+            )
+        return self
 
 
 class Feature(Section):
@@ -106,7 +120,8 @@ class Vocabulary(Section):
     max_items: Count | None = None
     """Keep only the most frequent; null keeps all."""
     oov_buckets: Count = 64
-    """Unknown items are hashed into this many indices, so an unknown item still matches itself."""
+    """Unknown items are hashed into this many indices, so an unknown item still matches itself; raise it where new ones
+    are many, or they match one another (preparing tells their share)."""
 
 
 class Synthetic(Section):

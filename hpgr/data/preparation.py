@@ -39,7 +39,7 @@ from hpgr.data.validation import empty_rows, needed_columns, validate
 from hpgr.data.vocabulary import Vocabulary, count, merge
 from hpgr.errors import ArtifactError, ConfigError, DataError, StoreError
 from hpgr.locks import held
-from hpgr.schema import ITEM, SECOND, TRAIN, USER, Ints, Timelines, offsets_of
+from hpgr.schema import ITEM, SECOND, TRAIN, USER, Array, Ints, Timelines, offsets_of
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -49,6 +49,8 @@ Execute = Callable[[str, Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 BUCKET_ROWS = 400_000
 VOCABULARY_FILES = ("vocabulary.parquet", "vocabulary.json")
 SPLIT_NAMES = ("train", "validation", "test")
+TELL_UNKNOWN = 0.01
+"""A run is told of out-of-vocabulary items from this share of its test impressions on."""
 
 
 @dataclass(frozen=True)
@@ -205,17 +207,28 @@ class Job:
         )
         encoding = partial(encode_bucket, data=self.data, folder=self.folder, cuts=cuts)
         encoded = list(self.execute("encode", encoding, every))
-        account["timelines"] = sum(timelines for timelines, _ in encoded)
+        account["timelines"] = sum(timelines for timelines, *_ in encoded)
+        account["unknown_items"] = self._unknown(np.sum([unknown for *_, unknown in encoded], axis=0), account)
         return {
             "buckets": self.buckets,
             "account": account,
             "cut_offs": None if cuts is None else asdict(cuts),
             "vocabulary": sizes,
-            "train_actions": np.sum([counts for _, counts in encoded], axis=0).tolist(),
+            "train_actions": np.sum([counts for _, counts, _ in encoded], axis=0).tolist(),
             "features": {s + k: [f.name for f in features_of(self.data.features, s, k)]
                          for s in ("h_", "t_") for k in ("cat", "num")},
             "versions": versions(),
         }  # fmt: skip
+
+    def _unknown(self, unknown: Array, account: dict[str, Any]) -> dict[str, int]:
+        """Impressions whose item the vocabulary lacks, by split; told where they are many."""
+        counts = dict(zip(SPLIT_NAMES, unknown.tolist(), strict=True))
+        share = counts["test"] / account["splits"]["test"]["impressions"]
+        if share > TELL_UNKNOWN:
+            self.say(f"prepare: the items of {share:.0%} of the test impressions are out of vocabulary and share "
+                     f"{self.data.vocabulary.oov_buckets:,} vectors; if they are many more than that, raise "
+                     "data.vocabulary.oov_buckets")  # fmt: skip
+        return counts
 
     def order(self, pieces: Sequence[Fragment], hours: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Scan and sort: every row is then in an ordered bucket, in quarantine or a duplicate.
@@ -284,9 +297,13 @@ class Job:
         if positives["train"] in (0, rows["train"]):
             raise DataError(f"all {rows['train']:,} training impressions have label {int(positives['train'] > 0)}; "
                             "a click model needs both classes: check data.columns.label, data.label_rule")  # fmt: skip
+        history = sum(c["history_events"] for c in counts)
+        if self.data.history and not history:
+            raise DataError("no history: no row matches data.history; check its columns and values")
         return {
             "splits": {n: {"impressions": rows[n], "positives": positives[n]} for n in SPLIT_NAMES},
-            **{key: sum(c[key] for c in counts) for key in ("users", "history_events", "unused")},
+            "history_events": history,
+            **{key: sum(c[key] for c in counts) for key in ("users", "unused")},
             "first_time": min(c["first_time"] for c in counts),
             "last_time": max(c["last_time"] for c in counts),
         }  # fmt: skip
@@ -423,8 +440,11 @@ def merge_counts(buckets: int, data: Data, folder: Folder) -> dict[str, Any]:
     }
 
 
-def encode_bucket(bucket: int, data: Data, folder: Folder, cuts: splits.CutOffs | None) -> tuple[int, list[list[int]]]:
-    """Write a bucket's timelines; returns how many, and its training impressions by label and action index."""
+def encode_bucket(
+    bucket: int, data: Data, folder: Folder, cuts: splits.CutOffs | None
+) -> tuple[int, list[list[int]], list[int]]:
+    """Write a bucket's timelines; returns how many, its training impressions by label and action index, and by split
+    its impressions of unknown items."""
     plain, items = folder.read_json("vocabulary.json"), folder.read_parquet("vocabulary.parquet")
     vocabulary = Vocabulary.from_tables(items, plain)
     timelines = encode(ordered_rows(bucket, folder), vocabulary, data, cuts)
@@ -432,7 +452,8 @@ def encode_bucket(bucket: int, data: Data, folder: Folder, cuts: splits.CutOffs 
     flat = Timelines.from_table(timelines)
     training, actions = flat.t_split == TRAIN, vocabulary.category_size("action")
     kinds = np.bincount((flat.t_label.astype(np.int64) * actions + flat.t_action)[training], minlength=2 * actions)
-    return len(flat), kinds.reshape(2, actions).tolist()
+    unknown = np.bincount(flat.t_split[flat.t_item < vocabulary.first_item], minlength=len(SPLIT_NAMES))
+    return len(flat), kinds.reshape(2, actions).tolist(), unknown.tolist()
 
 
 def in_process(_: str, function: Callable[[T], R], items: Sequence[T]) -> Iterable[R]:

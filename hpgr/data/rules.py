@@ -73,6 +73,8 @@ def _comparable(column: pa.ChunkedArray, value: object) -> pa.ChunkedArray:
         kind = column.type
     if pa.types.is_null(kind):
         return column.cast(pa.scalar(value).type)
+    if pa.types.is_boolean(kind) and isinstance(value, int | float) and not isinstance(value, bool):
+        return to_number(column)
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)) or isinstance(value, str):
         return column
     if isinstance(value, bool):

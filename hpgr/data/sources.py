@@ -21,7 +21,7 @@ from hpgr.errors import DataError
 
 ENDINGS = {
     ".parquet": "parquet", ".pq": "parquet", ".csv": "csv", ".csv.gz": "csv",
-    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".jsonl.gz": "jsonl",
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".jsonl.gz": "jsonl", ".json.gz": "jsonl",
 }  # fmt: skip
 BLOCK_BYTES = 16 << 20
 FRAGMENT_ROWS = 500_000
@@ -63,26 +63,29 @@ def find_files(paths: Sequence[str], declared: str = "auto", asked: str = "data.
     for path in paths:
         filesystem, root = resolve(path)
         prefix = path.partition("://")[0] + "://" if "://" in path else ""
-        for info in _expand(filesystem, root, path, asked):
+        for info in _expand(filesystem, root, path, declared, asked):
             uri = prefix + info.path
             files[uri] = SourceFile(uri, _format(info.path, declared), info.size, info.mtime_ns or 0,
                                     _digest(filesystem, info, uri))  # fmt: skip
     return [files[uri] for uri in sorted(files)]
 
 
-def _expand(filesystem: pafs.FileSystem, root: str, path: str, asked: str) -> list[pafs.FileInfo]:
+def _expand(filesystem: pafs.FileSystem, root: str, path: str, declared: str, asked: str) -> list[pafs.FileInfo]:
     try:
         if any(c in root for c in "*?["):
             base = root[: min(root.index(c) for c in "*?[" if c in root)].rpartition("/")[0]
             listing = filesystem.get_file_info(pafs.FileSelector(base, recursive=True, allow_not_found=True))
-            found = [i for i in listing if i.type == pafs.FileType.File and fnmatch.fnmatch(i.path, root)]
+            files = [i for i in listing if i.type == pafs.FileType.File and fnmatch.fnmatch(i.path, root)]
+            found = [
+                i for i in files if not _is_hidden(i, base)
+            ] or files  # all, where the pattern asks for hidden ones
         else:
             info = filesystem.get_file_info(root)
             if info.type != pafs.FileType.Directory:
                 found = [info] if info.type == pafs.FileType.File else []
             else:
                 listing = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
-                found = [i for i in listing if i.type == pafs.FileType.File and _is_log(i, root)]
+                found = [i for i in listing if i.type == pafs.FileType.File and _is_log(i, root, declared)]
     except OSError as error:
         raise DataError(f"{asked} {path}: cannot be listed: {error}") from None
     if not found:
@@ -91,9 +94,13 @@ def _expand(filesystem: pafs.FileSystem, root: str, path: str, asked: str) -> li
     return found
 
 
-def _is_log(info: pafs.FileInfo, root: str) -> bool:
-    inside = info.path[len(root) :].strip("/").split("/")
-    return info.path.lower().endswith(tuple(ENDINGS)) and not any(p.startswith(("_", ".")) for p in inside)
+def _is_log(info: pafs.FileInfo, root: str, declared: str) -> bool:
+    return not _is_hidden(info, root) and (declared != "auto" or info.path.lower().endswith(tuple(ENDINGS)))
+
+
+def _is_hidden(info: pafs.FileInfo, root: str) -> bool:
+    """Whether it is no part of a data set by the convention of Hadoop and Spark, `_SUCCESS` for one."""
+    return any(part.startswith(("_", ".")) for part in info.path[len(root) :].strip("/").split("/"))
 
 
 def _format(path: str, declared: str) -> str:

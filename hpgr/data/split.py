@@ -130,5 +130,5 @@ def check(rows: dict[str, int], split: Split) -> None:
     if empty:
         raise DataError(
             f"no {' and no '.join(empty)} impressions after the split by {split.by} (got {rows}); "
-            "change data.split, or give a log that is longer in time"
+            "change data.split (time_fraction asks no user for many), or give a log that is longer in time"
         )

@@ -20,6 +20,7 @@ from hpgr.schema import (
     ITEM,
     LABEL,
     NO_ACTION,
+    SECOND,
     TIME,
     TRAIN,
     USER,
@@ -80,7 +81,7 @@ def encode(table: pa.Table, vocabulary: Vocabulary, data: Data, cuts: CutOffs | 
     first = np.searchsorted(codes, np.arange(n_users))
     in_history = _flags(table, IN_HISTORY)
     history, events = np.flatnonzero(in_history), offsets_of(in_history)
-    visible = events[run_starts(codes, time)] - events[first][codes]
+    visible = events[run_starts(codes, time // SECOND)] - events[first][codes]
     listed = bool(targets.request.any())
     h_user, h_time = codes[history], time[history]
     ends = train_ends(targets, split, n_users, cuts)
@@ -110,11 +111,11 @@ def encode(table: pa.Table, vocabulary: Vocabulary, data: Data, cuts: CutOffs | 
 
 
 def events_before(h_user: Ints, h_time: Ints, t_user: Ints, t_time: Ints) -> Ints:
-    """How many of a user's history events are strictly before each moment: [I].
+    """How many of a user's history events are before the second of each moment: [I].
 
     Histories must be ordered by (user, time); moments need not be.
     """
-    key = moment_keys(np.concatenate([h_user, t_user]), np.concatenate([h_time, t_time]))
+    key = moment_keys(np.concatenate([h_user, t_user]), np.concatenate([h_time, t_time]) // SECOND)
     return np.searchsorted(key[: len(h_user)], key[len(h_user) :]) - np.searchsorted(h_user, t_user)
 
 

@@ -214,6 +214,7 @@ def _read_text_times(
     digits = column.filter(pa.array(whole)).to_numpy(zero_copy_only=False)
     out[whole] = _scaled(digits.astype(np.int64), unit)
     dates = pd.Series(np.where(np.isnan(numbers), column.to_numpy(zero_copy_only=False), None), dtype=object)
+    dates = dates.str.removesuffix(" UTC")  # as BigQuery writes them
     parsed = pd.to_datetime(dates, errors="coerce", utc=True, format="ISO8601")
     known = parsed.notna().to_numpy()
     out[known] = parsed[known].dt.as_unit("us").astype(np.int64).to_numpy()
@@ -234,7 +235,8 @@ def _labels(raw: pa.Table, data: Data, reasons: npt.NDArray[np.object_]) -> pa.A
         return pa.nulls(raw.num_rows, pa.int8())
     column = _plain(raw.column(name))
     if data.label_rule is not None:
-        if not isinstance(data.label_rule.value, str):
+        values = data.label_rule.value if isinstance(data.label_rule.value, list) else [data.label_rule.value]
+        if not any(isinstance(value, str) for value in values):
             unreadable = ~_nulls(column) & np.isnan(_numbers(column, name))
             _mark(reasons, unreadable, "label is not a number")
         rule = Rule(column=name, op=data.label_rule.op, value=data.label_rule.value)

@@ -138,7 +138,7 @@ class _Comparison:
     def __init__(self, plan: Plan, folder: Folder, say: Say) -> None:
         self.plan, self.folder, self.say = plan, folder, say
         before = folder.read_json(CLOCK)["seconds"] if folder.exists(CLOCK) else 0.0
-        self.clock, self._shown = Clock(before), 0.0
+        self.clock, self._shown, self._noted = Clock(before), 0.0, time.monotonic()
         self._screen: Live | None = None
         self.execute = RayExecute(say)
         self.prepared, self.place = self.open_log(plan.base)
@@ -242,7 +242,12 @@ class _Comparison:
                 yield
         finally:
             self._screen = None
-            self.folder.write_json(CLOCK, {"seconds": self.clock()})
+            self._note_time()
+
+    def _note_time(self) -> None:
+        """What a killed comparison has taken counts, too."""
+        self._noted = time.monotonic()
+        self.folder.write_json(CLOCK, {"seconds": self.clock()})
 
     def _show(self) -> None:
         every = REDRAW_EVERY_SECONDS if self._screen else BOARD_EVERY_SECONDS
@@ -250,6 +255,8 @@ class _Comparison:
         if now - self._shown < every:
             return
         first, self._shown = not self._shown, now
+        if now - self._noted >= BOARD_EVERY_SECONDS:
+            self._note_time()
         done = [d for c in self._planned.values() if (d := self.cells.record(c))]
         counts = f"{len(done)} of {len(self._planned)} cells known"
         text = board(self.plan.matrix.name, self.clock(), counts, self.cells.running())

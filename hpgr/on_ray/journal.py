@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from hpgr.artifacts import Folder
+from hpgr.artifacts import SPACE, Folder, refusal
 from hpgr.on_ray.metrics import ids_of
 
 FILE = "log.jsonl"
@@ -30,8 +30,7 @@ def journal(folder: Folder, say: Say) -> Iterator[Say]:
         say(line)
         text = record(ids, line)
         if folder.is_local:
-            with Path(folder.path()[1], FILE).open("a", encoding="utf-8") as file:
-                file.write(text)
+            _append(Path(folder.path()[1], FILE), text.encode())
         else:
             kept.append(text)
 
@@ -43,6 +42,18 @@ def journal(folder: Folder, say: Say) -> Iterator[Say]:
         if kept:
             before = folder.read(FILE) if folder.exists(FILE) else b""
             folder.write(FILE, before + "".join(kept).encode())
+
+
+def _append(path: Path, content: bytes) -> None:
+    """All of a line or nothing of it: what a full disk cut short would be glued to the next one."""
+    with refusal("write", str(path), SPACE), path.open("ab", buffering=0) as file:
+        end, left = file.tell(), memoryview(content)
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def record(ids: dict[str, str], line: str) -> str:

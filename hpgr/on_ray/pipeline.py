@@ -17,7 +17,7 @@ import ray
 import torch
 
 import hpgr
-from hpgr.artifacts import FORMAT, Folder, absolute, check_format
+from hpgr.artifacts import ASIDE, FORMAT, Folder, absolute, check_format
 from hpgr.config import Config, dump, to_yaml, validate
 from hpgr.data.preparation import Execute, Prepared, check_log, generated_log, prepare
 from hpgr.data.sessions import EDGES, session_statistics
@@ -85,7 +85,7 @@ def open_run(request: Request) -> tuple[Config, Folder]:
 
 def _holds_nothing(folder: Folder) -> bool:
     """Whether a run ended before its log was prepared."""
-    return all(name in FIRST_FILES or name.startswith("lock-") for name in folder.entries())
+    return all(name in FIRST_FILES or name.startswith("lock-") or name.endswith(ASIDE) for name in folder.entries())
 
 
 def changed_sections(old: Config, new: Config) -> list[str]:

@@ -102,7 +102,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         self._running[trial_id] = _Running(draw, row.seconds)
         if row.started is None:
             owns = bool(draw.stage1) and not self._is_settled(draw.stage1)
-            self._study.note(draw.number, started=self._clock(), owns=owns)
+            self._study.note(draw.number, owns=owns, started=self._clock())  # in this order: the last tells of both
         self._study.note(draw.number, phase="starting")
         self._study.save()
         return {

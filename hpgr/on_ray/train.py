@@ -21,7 +21,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import hpgr.errors
-from hpgr.artifacts import Folder
+from hpgr.artifacts import SPACE, Folder, refusal
 from hpgr.config import validate
 from hpgr.data.preparation import Prepared
 from hpgr.data.stream import LocalSource
@@ -47,23 +47,25 @@ class Log:
     def __call__(self, stage: str, values: dict[str, float], step: int) -> None:
         if self._writer is not None:
             export(self._run, stage, values)
-            for name, value in values.items():
-                self._writer.add_scalar(f"{stage}/{name}", value, step)
+            with refusal("write", self._folder.uri, SPACE):
+                for name, value in values.items():
+                    self._writer.add_scalar(f"{stage}/{name}", value, step)
 
     def close(self) -> None:
         """Flush, and upload for a remote run folder."""
         if self._writer is None:
             return
-        self._writer.close()
-        if not self._folder.is_local:
-            filesystem, path = self._folder.path()
-            pafs.copy_files(
-                str(self._local),
-                path,
-                source_filesystem=pafs.LocalFileSystem(),
-                destination_filesystem=filesystem,
-            )
-            shutil.rmtree(self._local, ignore_errors=True)
+        with refusal("write", self._folder.uri, SPACE):
+            self._writer.close()
+            if not self._folder.is_local:
+                filesystem, path = self._folder.path()
+                pafs.copy_files(
+                    str(self._local),
+                    path,
+                    source_filesystem=pafs.LocalFileSystem(),
+                    destination_filesystem=filesystem,
+                )
+                shutil.rmtree(self._local, ignore_errors=True)
 
 
 def run_training(run: Run, say: Callable[[str], None]) -> dict[str, Any]:

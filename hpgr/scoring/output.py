@@ -25,7 +25,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hpgr.artifacts import Folder
+from hpgr.artifacts import ASIDE, Folder
 from hpgr.errors import ArtifactError
 from hpgr.scoring.request import Request
 from hpgr.scoring.shards import Outcome
@@ -51,7 +51,7 @@ def claim(folder: Folder, record: dict[str, Any]) -> bool:
             raise ArtifactError(f"--output {folder.uri} belongs to another request: {changes}; give another --output, "
                                 "or the same command to go on with that one")  # fmt: skip
         return folder.exists(SUCCESS)
-    others = [name for name in folder.entries() if not name.startswith(f"{LOCK}-")]
+    others = [name for name in folder.entries() if not name.startswith(f"{LOCK}-") and not name.endswith(ASIDE)]
     if others:
         raise ArtifactError(f"--output {folder.uri} holds other files ({', '.join(others[:3])}); give an empty or new "
                             "folder")  # fmt: skip

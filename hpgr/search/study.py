@@ -125,7 +125,9 @@ class Study:
         """Trials that were running when the search last ended, or were suspended; they count as running again."""
         out = []
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if "key" in trial.user_attrs:
+            if "key" in trial.user_attrs and _state(trial) in VOID:
+                self._tell(trial.number, _state(trial))  # it was being dropped
+            elif "key" in trial.user_attrs:
                 if "state" in trial.user_attrs:
                     self.note(trial.number, state="running", error="", stopped=None)
                 out.append(self._draw_of(trial.number, trial.params))

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from hpgr.artifacts import Folder
-from hpgr.errors import ArtifactError
+from hpgr.errors import ArtifactError, StoreError
 
 SEAL = "checksums.json"
 _MODEL, _OPTIMISER, _STATE = "model.safetensors", "optimiser.safetensors", "state.json"
@@ -43,13 +43,22 @@ def save(
 
 
 def prune(folder: Folder, step: int, keep: int) -> None:
-    """Delete all but the last `keep` checkpoints up to the one just written, and later ones, left from before a
-    resume."""
-    names = folder.entries()
-    kept = [name for name in names if name <= f"step-{step:08d}"][-keep:]
-    for name in names:
-        if name not in kept:
-            folder.delete(name)
+    """Delete all but the last `keep` checkpoints up to the one just written. Later ones are not this process's: it may
+    have been given up for dead, and another one have gone on."""
+    for name in [name for name in folder.entries() if name <= f"step-{step:08d}"][:-keep]:
+        folder.delete(name)
+
+
+def drop_later(folder: Folder, name: str | None, best: str) -> None:
+    """Delete, from a stage's folder, what training wrote after the checkpoint that it goes on from (None: all) and the
+    best weights that this names."""
+    checkpoints = folder.sub("checkpoints")
+    for later in checkpoints.entries():
+        if name is None or later > name:
+            checkpoints.delete(later)
+    for later in folder.entries():
+        if later.startswith("best-") and later > best:
+            folder.remove(later)
 
 
 def discard(folder: Folder, kept: str = "") -> None:
@@ -66,10 +75,15 @@ def latest(
     """Name of the newest whole checkpoint, or None; torn and corrupt ones are named and passed over.
 
     `check` gets a checkpoint's state and raises ArtifactError if what that refers to is not whole.
+
+    Raises:
+        StoreError: the disk or store refuses to read.
     """
     for name in reversed(folder.entries()):
         try:
             check(json.loads(_verified(folder.sub(name))[_STATE]))
+        except StoreError:  # a disk or store that refuses says nothing of the file: to begin anew would cost the work
+            raise
         except ArtifactError as error:
             say(f"checkpoint {name} is not whole, using the one before: {error}")
         else:

@@ -16,7 +16,7 @@ from hpgr.artifacts import Folder
 from hpgr.config import Checkpoints
 from hpgr.data.hashing import combine
 from hpgr.data.stream import Source, Step
-from hpgr.errors import TrainingError
+from hpgr.errors import DataError, TrainingError
 from hpgr.model.attention import train_attention
 from hpgr.model.inputs import LANES, Inputs, pad
 from hpgr.model.noise import Noise
@@ -79,6 +79,9 @@ class Progress:
     loss_sum: float = 0.0
     loss_count: float = 0.0
     seconds: float = 0.0
+    """Of steps, in all sessions."""
+    earlier: float = 0.0
+    """Of steps, in the sessions before this one."""
     waited: float = 0.0
     curve: list[dict[str, Any]] = field(default_factory=list)
 
@@ -100,6 +103,9 @@ class _Loop:
         make_tables_sparse(self.model, stage.by_rows, context.device)
         self.optimiser = make_optimiser(self.model, stage.optimiser, stage.lr_shares)
         self.steps = sum(len(group.batches) for group in stage.stream.plan(0))
+        if not self.steps:
+            raise DataError(f"{stage.name}: nothing to train on: no user has what it learns from before the training "
+                            "cut-off; check data.history and data.split, or leave the stage out")  # fmt: skip
         self.schedule = make_schedule(self.optimiser, stage.optimiser, stage.epochs * self.steps)
         self.progress = Progress()
         self.checkpoints = context.folder.sub("checkpoints")
@@ -111,6 +117,8 @@ class _Loop:
     def run(self) -> Progress:
         """Train what is left, then load the best weights."""
         p = self.progress
+        if p.curve:  # it may have died before it was heard; who knows of this validation passes over it
+            self._report()
         if p.epoch < self.stage.epochs and p.stale < self.stage.patience:
             self._rehearse()
             self._train()
@@ -125,12 +133,16 @@ class _Loop:
         say = self.context.say if distributed.rank() == 0 else lambda _: None
         found = None if distributed.rank() else checkpoint.latest(self.checkpoints, say, self._check_best)
         name = distributed.from_first(found)
+        if name is not None:
+            tensors, state = checkpoint.load(self.checkpoints, name, self.optimiser)
+            self.model.load_state_dict(tensors)
+            self.progress = Progress(**state)
+            self.progress.earlier = self.progress.seconds
+            self.schedule.last_epoch = self.progress.global_step
+        if distributed.rank() == 0:
+            checkpoint.drop_later(self.context.folder, name, self.progress.best_file)
         if name is None:
             return
-        tensors, state = checkpoint.load(self.checkpoints, name, self.optimiser)
-        self.model.load_state_dict(tensors)
-        self.progress = Progress(**state)
-        self.schedule.last_epoch = self.progress.global_step
         say(
             f"{self.stage.name}: continuing from {name}, epoch {self.progress.epoch + 1}, step {self.progress.step + 1}"
         )
@@ -249,7 +261,8 @@ class _Loop:
             figures = stage.validate(self.context.source, self.context.device)
         value = figures.get(stage.metric)
         better = value is not None and (p.best is None or value > p.best)
-        p.stale = 0 if better else p.stale + 1
+        unmeasured = not value and not p.best  # no user to ask about, or no hit so far: then the newest weights stay
+        p.stale = 0 if better or unmeasured else p.stale + 1
         known = {k: v for k, v in figures.items() if v is not None}
         sums = {
             "train_loss": p.loss_sum / max(1.0, p.loss_count),
@@ -258,21 +271,28 @@ class _Loop:
         }
         p.curve.append({"stage": stage.name, "step": p.global_step, "epoch": p.epoch, **sums, "validation": figures})
         p.loss_sum = p.loss_count = 0.0
-        if better or not p.best_file:
+        if better or unmeasured:
             p.best, p.best_figures = value, figures
             self._keep_best()
         self._save()
-        shown = " ".join(f"{k} {known[k]:.4f}" for k in stage.shown if k in known)
+        shown = " ".join(f"{k} {known[k]:.4f}" for k in stage.shown if k in known) or "has nothing to measure"
         self.context.say(
             f"{stage.name}: epoch {p.epoch} step {p.global_step} loss {sums['train_loss']:.4f} | "
             f"validation {shown}{' *' if better else ''}"
         )
         scalars = sums | pace | {f"validation/{k}": float(v) for k, v in known.items()}
         self.context.log(stage.name, scalars, p.global_step)
-        progress = p.epoch + p.step / self.steps
-        told = {"stage": stage.name, "epoch": p.epoch, "progress": progress, "step": p.global_step, **known}
-        best = {} if p.best is None else {f"best_{stage.metric}": p.best}  # schedulers calculate with what is there
-        self.context.report(told | {"train_loss": sums["train_loss"]} | best)
+        self._report()
+
+    def _report(self) -> None:
+        """Tell whoever watches of the last validation."""
+        p, last = self.progress, self.progress.curve[-1]
+        known = {k: v for k, v in last["validation"].items() if v is not None}
+        told = {name: last[name] for name in ("stage", "epoch", "step", "train_loss")}
+        best = {f"best_{self.stage.metric}": p.best}  # schedulers calculate with what is there
+        self.context.report(
+            told | {"progress": last["step"] / self.steps} | known | (best if p.best is not None else {})
+        )
 
     def _keep_best(self) -> None:
         """Write the best weights; those that a kept checkpoint may name stay."""
@@ -282,11 +302,9 @@ class _Loop:
             content = checkpoint.to_bytes(self._tensors())
             p.best_sum = checkpoint.digest(content)
             folder.write(p.best_file, content)
-            names = [name for name in folder.entries() if name.startswith("best-")]
-            kept = [name for name in names if name <= p.best_file][-self.context.checkpoints.keep - 1 :]
-            for name in names:
-                if name not in kept:
-                    folder.remove(name)
+            names = [name for name in folder.entries() if name.startswith("best-") and name <= p.best_file]
+            for name in names[: -self.context.checkpoints.keep - 1]:
+                folder.remove(name)
 
     def _save(self) -> None:
         p = self.progress

@@ -197,7 +197,7 @@ def _finish(
         start = time.monotonic()
         progress = _fit_once(run, worker, stage)
         done = _figures(progress) | {"settings": stage_key(run.config, run.prepared, stage.name)}
-        done["seconds"] += time.monotonic() - start - progress.seconds if progress.seconds else 0.0
+        done["seconds"] = progress.earlier + time.monotonic() - start
         if first:
             folder.write_json(_DONE, done)
     else:

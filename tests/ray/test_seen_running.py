@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import resource
+import signal
 import time
 import urllib.request
 from pathlib import Path
@@ -62,9 +65,29 @@ def test_what_never_comes_is_refused_at_once_and_what_is_taken_is_waited_for(loc
     wait_for(Ask("worker", "lower the keys", cpus, 1.0), 1, lines.append)
 
 
-def test_a_journal_has_a_json_object_a_line(tmp_path: Path) -> None:
-    import json
+def test_a_line_that_a_full_disk_cuts_short_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one would be glued to it."""
+    from hpgr.errors import StoreError
+    from hpgr.on_ray.journal import journal
 
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    with journal(Folder(str(tmp_path)), lambda _: None) as say:
+        say("one")
+        whole = (tmp_path / "log.jsonl").read_bytes()
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 9, hard))
+            with pytest.raises(StoreError, match=r"cannot write .*log\.jsonl"):
+                say("two")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            signal.signal(signal.SIGXFSZ, before)
+        assert (tmp_path / "log.jsonl").read_bytes() == whole
+        say("three")
+    assert [json.loads(line)["text"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == ["one", "three"]
+
+
+def test_a_journal_has_a_json_object_a_line(tmp_path: Path) -> None:
     from hpgr.on_ray.journal import journal
 
     said: list[str] = []

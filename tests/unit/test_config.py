@@ -111,6 +111,8 @@ DATES = {"by": "date", "validation_from": "2020-01-01", "test_from": "2020-02-01
         ({"stage1": {"enabled": False}}, "model.pgsa.anchors frozen needs stage1.enabled"),
         ({"data": {"path": "x", "columns": {}}}, "data: columns.label is missing"),
         ({"data": {"label_rule": {"value": 4}}}, "data: label_rule needs columns.label"),
+        ({"data": {"label_rule": {"value": "buy"}}}, "operator '>=' would compare 'buy' by the alphabet; give op: =="),
+        ({"data": {"label_rule": {"op": "in", "value": "buy"}}}, "lists go with in and not_in only"),
         ({"data": {"split": {"validation": 0.5, "test": 0.5}}}, "data.split: validation + test is 1, must leave room"),
         ({"data": {"split": {"by": "date"}}}, "data.split: split by date needs validation_from and test_from"),
         ({"data": {"split": DATES | {"by": "leave_one_out"}}}, "belong to split by date, got by=leave_one_out"),

@@ -99,6 +99,26 @@ def test_empty_folder_says_what_to_give(refused: Make, tmp_path: Path) -> None:
     assert "no log file found there; give a file, a folder or a glob of .csv" in refused(str(tmp_path / "logs"))
 
 
+def test_what_is_no_part_of_a_data_set_is_left_out_of_globs_too(
+    config: Make, write_log: Make, log: Make, tmp_path: Path
+) -> None:
+    write_log(log(), name="logs/date=2024-01-01/part-0")
+    (tmp_path / "logs/date=2024-01-01/_SUCCESS").touch()
+    (tmp_path / "logs/date=2024-01-01/.part-0.crc").touch()
+    for path in ("logs/date=*", "logs/*", "logs"):
+        prepared = prepare(config(data={"path": str(tmp_path / path)}), in_process, print)
+        assert [Path(file["uri"]).name for file in prepared.manifest["inputs"]] == ["part-0.parquet"]
+
+
+def test_a_declared_format_goes_for_any_name_in_a_folder(
+    config: Make, write_log: Make, log: Make, tmp_path: Path
+) -> None:
+    Path(write_log(log(), name="logs/a")).rename(tmp_path / "logs/000000_0")
+    (tmp_path / "logs/_SUCCESS").touch()
+    data = {"path": str(tmp_path / "logs"), "format": "parquet"}
+    assert prepare(config(data=data), in_process, print).manifest["account"]["kept"] == 50
+
+
 def test_unknown_scheme_says_which_there_are(refused: Make) -> None:
     assert "use a local path, s3:// or gs://" in refused("nonsense://bucket/log.parquet", ArtifactError)
 
@@ -236,7 +256,7 @@ def test_split_without_a_part_is_refused(
 ) -> None:
     message = refused(write_log(log()), split=split)
     assert empty in message
-    assert "change data.split, or give a log that is longer in time" in message
+    assert "change data.split (time_fraction asks no user for many)" in message
 
 
 def test_vocabulary_without_items_is_refused(refused: Make, write_log: Make, log: Make) -> None:

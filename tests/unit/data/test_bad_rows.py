@@ -99,6 +99,26 @@ def test_label_rule_over_text_quarantines_what_is_no_number(prepare_log: Make, l
     assert positives == sum(i % 5 + 1 >= 4 for i in range(49))
 
 
+@pytest.mark.parametrize(
+    ("rule", "clicks"),
+    [({"op": "==", "value": "buy"}, {"buy"}), ({"op": "in", "value": ["cart", "buy"]}, {"cart", "buy"}),
+     ({"op": "not_in", "value": ["view"]}, {"cart", "buy"})],
+)  # fmt: skip
+def test_actions_become_clicks_by_a_rule(prepare_log: Make, log: Make, rule: dict[str, Any], clicks: set[str]) -> None:
+    events = [("view", "cart", "buy")[i % 3] for i in range(50)]
+    prepared = prepare_log(log() | {"clicked": events}, label_rule=rule)
+    check_account(prepared, 50, [])
+    positives = sum(part["positives"] for part in prepared.manifest["account"]["splits"].values())
+    assert positives == sum(event in clicks for event in events)
+
+
+@pytest.mark.parametrize("value", [1, True])
+def test_a_rule_asks_a_true_or_false_column_by_either_spelling(prepare_log: Make, log: Make, value: object) -> None:
+    rows = log() | {"clicked": [i % 2 == 1 for i in range(50)]}
+    prepared = prepare_log(rows, history=[[{"column": "clicked", "value": value}]])
+    assert prepared.manifest["account"]["history_events"] == 25
+
+
 def test_rule_over_missing_label_quarantines_nothing(prepare_log: Make, log: Make) -> None:
     rows = log() | {"clicked": [None if i % 10 == 0 else i % 2 for i in range(50)]}
     prepared = prepare_log(rows)

@@ -96,6 +96,7 @@ def test_a_user_without_history_engaged_with_nothing(prepare_log: Callable[..., 
         }
         for k in range(20)
     ]
+    rows.append(rows[0] | {"user_id": "z", "event": "view", "clicked": None})
     prepared = prepare_log(rows, **DATA)
     for bucket in range(prepared.buckets):
         assert not engaged_before(Timelines.from_table(prepared.timelines(bucket))).any()

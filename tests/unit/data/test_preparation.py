@@ -16,6 +16,7 @@ from helpers_log import BUSY, US, Make, T, busy_log, item_names, one_user, split
 from hpgr.data import preparation
 from hpgr.data.hashing import hash_text
 from hpgr.data.preparation import in_process, prepare
+from hpgr.errors import DataError
 from hpgr.schema import FIRST_OOV, NO_ACTION, TEST, TRAIN, VALIDATION
 
 # Splits.
@@ -112,6 +113,19 @@ def test_visible_counts_strictly_earlier_events(prepare_log: Make) -> None:
     assert row["h_visible"] == row["t_visible"] == expected
 
 
+def test_a_second_is_a_second_however_fine_the_clock(prepare_log: Make) -> None:
+    """Items shown milliseconds apart, one of them clicked, do not inform one another; nor do events of that second."""
+    times = [0, 400, 5000, 5001, 5002, 5999, 6000, 9000, 9999, 12000]
+    row = {"user_id": "a", "clicked": 1}
+    rows = [row | {"item_id": f"i{k}", "timestamp": T * 1000 + t, "clicked": k % 2} for k, t in enumerate(times)]
+    row = users(prepare_log(rows, time_unit="ms", split={"by": "user_fraction"}))["a"]
+    assert row["h_visible"] == row["t_visible"] == [0, 0, 2, 2, 2, 2, 6, 7, 7, 9]
+    lists = [r | {"page": k // 2} for k, r in enumerate(rows)]
+    columns, split = {"label": "clicked", "request": ["page"]}, {"by": "user_fraction", "validation": 0.2, "test": 0.2}
+    row = users(prepare_log(lists, time_unit="ms", columns=columns, split=split))["a"]
+    assert row["t_visible"] == [0, 0, 2, 2, 2, 2, 6, 6, 7, 7]
+
+
 def test_the_order_column_never_makes_the_same_second_visible(prepare_log: Make) -> None:
     rows = [
         {"user_id": "a", "item_id": f"i{k}", "timestamp": T + k // 4, "clicked": k % 2, "step": 100 - k}
@@ -149,6 +163,22 @@ def test_a_lists_own_click_is_never_in_its_history(prepare_log: Make) -> None:
 
 
 # What training knows.
+
+
+def test_a_history_rule_that_no_row_matches_is_refused(prepare_log: Make) -> None:
+    with pytest.raises(DataError, match=r"no row matches data\.history"):
+        prepare_log(A + B, history=[[{"column": "clicked", "value": 7}]])
+    assert prepare_log(A + B, history=[]).manifest["account"]["history_events"] == 0  # as asked
+
+
+def test_items_that_training_has_not_seen_are_counted_and_told(
+    config: Make, write_log: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = pd.DataFrame(LATE).to_dict("list")
+    prepared = prepare(config(data={"path": write_log(log), "split": {"by": "user_fraction"}}), in_process, print)
+    assert prepared.manifest["account"]["unknown_items"] == {"train": 0, "validation": 1, "test": 2}
+    assert "100% of the test impressions are out of vocabulary and share 64 vectors" in capsys.readouterr().out
+
 
 LATE = [
     *one_user(16, "a"),

@@ -160,6 +160,7 @@ def as_text(micros: int) -> str:
         ("s", lambda t: pa.array([x // 1000 for x in t], pa.timestamp("ms", "Europe/Warsaw"))),
         ("s", lambda t: pa.array([as_text(x) for x in t])),
         ("s", lambda t: pa.array([as_text(x).replace("T", " ").replace("Z", "+00:00") for x in t])),
+        ("s", lambda t: pa.array([as_text(x).replace("T", " ").replace("Z", " UTC") for x in t])),
     ],
 )
 def test_time_units_agree(prepare_log: Make, log: Make, format: str, unit: str, convert: Make) -> None:

@@ -346,6 +346,13 @@ def test_a_finished_job_does_nothing_and_says_so(finished: Finished, pairs: str,
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")} == files
 
 
+def test_a_job_killed_as_it_took_its_folder_goes_on(finished: Finished, pairs: str, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/_request.json.3f.tmp").write_bytes(b"{")
+    summary, table = batch(finished, tmp_path / "out", candidates=pairs)
+    assert summary["account"]["written"] == table.num_rows > 0
+
+
 def test_success_tells_counts_and_checksums(finished: Finished, pairs: str, tmp_path: Path) -> None:
     summary, table = batch(finished, tmp_path / "out", candidates=pairs, shard_pairs=100)
     told = json.loads((tmp_path / "out/_SUCCESS").read_text())

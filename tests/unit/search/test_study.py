@@ -147,6 +147,16 @@ def test_a_driver_may_die_between_any_two_writes(tmp_path: Path, monkeypatch: py
     assert len(again.ended()) == 2
 
 
+def test_a_draw_that_was_being_dropped_is_dropped(tmp_path: Path) -> None:
+    study = opened(tmp_path)
+    first = asked(study)
+    study.note(first.number, state="void")  # and the driver dies before Optuna is told
+    again = opened(tmp_path)
+    assert again.interrupted() == []
+    assert again.tried() == 0
+    assert asked(again).values == first.values
+
+
 def test_the_start_is_drawn_again_if_the_search_ended_while_it_was_drawn(tmp_path: Path) -> None:
     start = starting_values(space(), Config())
     for _ in range(2):

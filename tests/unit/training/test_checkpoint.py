@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hpgr.artifacts import Folder
 from hpgr.config import Optimiser
-from hpgr.errors import ArtifactError
+from hpgr.errors import ArtifactError, StoreError
 from hpgr.training import checkpoint
 from hpgr.training.optimiser import make_optimiser
 
@@ -184,11 +184,40 @@ def test_the_newest_are_kept_in_order_of_steps(folder: Folder) -> None:
     assert len(folder.entries()) == 2
 
 
-def test_pruning_counts_no_torn_checkpoint_from_before_a_resume(folder: Folder) -> None:
-    """Step 9 was torn, the run went on from 3 and has just written 6: that one must not be the one to go."""
-    for number in (3, 9):
+def test_pruning_leaves_later_ones_alone(folder: Folder) -> None:
+    """A process that was given up for dead wakes and goes on from 3, while another one has come to 9."""
+    for number in (2, 3, 9):
         save(folder, number)
-    flip(Path(folder.uri) / "step-00000009" / "model.safetensors")
-    save(folder, 6)
-    checkpoint.prune(folder, 6, keep=1)
-    assert said(folder)[0] == "step-00000006"
+    checkpoint.prune(folder, 3, keep=1)
+    assert folder.entries() == ["step-00000003", "step-00000009"]
+
+
+@pytest.mark.parametrize(
+    ("name", "best", "left"),
+    [("step-00000003", "best-00000002", ["best-00000002", "step-00000003"]),
+     ("step-00000009", "best-00000007", ["best-00000002", "best-00000007", "step-00000003", "step-00000009"]),
+     (None, "", [])],
+)  # fmt: skip
+def test_what_came_after_the_checkpoint_to_go_on_from_is_dropped(
+    tmp_path: Path, name: str | None, best: str, left: list[str]
+) -> None:
+    stage = Folder(str(tmp_path))
+    for number in (3, 9):
+        save(stage.sub("checkpoints"), number)
+    for number in (2, 7):
+        stage.write(f"best-{number:08d}", b"x")
+    stage.write_json("done.json", {})
+    checkpoint.drop_later(stage, name, best)
+    assert sorted([*stage.entries("checkpoints"), *stage.entries()]) == sorted(["checkpoints", "done.json", *left])
+
+
+def test_a_disk_that_refuses_to_read_is_no_torn_checkpoint(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To begin anew for that would cost the work of hours."""
+    save(folder, 3)
+
+    def refuses(_: Folder, name: str) -> bytes:
+        raise StoreError(f"cannot read {name}: input/output error")
+
+    monkeypatch.setattr(Folder, "read", refuses)
+    with pytest.raises(StoreError, match=r"cannot read checksums\.json"):
+        said(folder)

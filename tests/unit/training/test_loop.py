@@ -29,7 +29,7 @@ from torch import Tensor
 from hpgr.artifacts import Folder
 from hpgr.config import Checkpoints, Config, dump, validate
 from hpgr.data.click_tables import PRIOR
-from hpgr.errors import ArtifactError, TrainingError
+from hpgr.errors import ArtifactError, DataError, TrainingError
 from hpgr.model.inputs import pad
 from hpgr.schema import NO_ACTION, TEST, TRAIN, Timelines
 from hpgr.training.loop import Context, fit
@@ -167,10 +167,46 @@ def test_improvement_resets_the_patience(run: Run) -> None:
     assert len(stage.seen) == 6
 
 
-def test_an_undefined_figure_is_no_better_but_leaves_weights(run: Run) -> None:
-    stage, progress, _ = scripted(run, [None, None], patience=2)
-    assert progress.best is None
-    assert same(copied(stage), stage.seen[0])
+@pytest.mark.parametrize("values", [[None] * 6, [0.0] * 6])
+def test_what_cannot_be_measured_trains_on_and_leaves_the_newest_weights(run: Run, values: list[float | None]) -> None:
+    stage, progress, lines = scripted(run, values, patience=2)
+    assert progress.best == values[0]
+    assert len(stage.seen) == 6
+    assert same(copied(stage), stage.seen[-1])
+    assert any("has nothing to measure" in line for line in lines) == (values[0] is None)
+
+
+def test_the_first_figure_ends_that(run: Run) -> None:
+    stage, progress, _ = scripted(run, [None, 0.0, None, 0.6, 0.5, None], patience=2)
+    assert progress.best == 0.6
+    assert same(copied(stage), stage.seen[3])
+
+
+def test_a_stage_without_a_batch_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Scripted(run, [])
+    monkeypatch.setattr(type(stage.stream), "plan", lambda _, epoch: [])
+    with pytest.raises(DataError, match=r"stage2: nothing to train on"):
+        fit(stage, context_of(run, "stage2"))
+
+
+def test_a_validation_that_nobody_heard_of_is_told_again(run: Run) -> None:
+    """The process dies once its checkpoint is sealed and before the report has arrived."""
+    heard: list[dict[str, Any]] = []
+
+    def dies(_: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    first = Scripted(run, [0.5])
+    first.epochs = 2
+    with pytest.raises(KeyboardInterrupt):
+        fit(first, replace(context_of(run, "stage2"), report=dies))
+    again = Scripted(run, [0.6])
+    again.epochs = 2
+    progress = fit(again, replace(context_of(run, "stage2"), report=heard.append))
+    assert [(told["epoch"], told["progress"], told["auc"], told["best_auc"]) for told in heard] == [
+        (1, 1.0, 0.5, 0.5), (2, 2.0, 0.6, 0.6),
+    ]  # fmt: skip
+    assert 0 < progress.earlier < progress.seconds
 
 
 def test_validation_by_steps(run: Run) -> None:
