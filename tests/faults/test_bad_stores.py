@@ -110,7 +110,7 @@ def test_a_real_log_on_a_store_trains_as_on_a_disk(
     """ml-100k: log, prepared log, checkpoints and results; for the epochs that a test has time for."""
     log = Path(shared_data("ml-100k.parquet"))
     client(endpoint).upload_file(str(log), BUCKET, "real/ml-100k.parquet")
-    few = ["stage1.epochs=3", "stage2.epochs=2", "checkpoints.every_steps=40"]
+    few = ["stage1.epochs=1", "stage2.epochs=1", "checkpoints.every_steps=40"]
     places = {
         "disk": (str(log), f"{tmp_path}/disk", {}),
         "store": (f"s3://{BUCKET}/real/ml-100k.parquet", f"s3://{BUCKET}/real", environment(endpoint)),

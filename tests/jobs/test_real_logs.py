@@ -31,9 +31,10 @@ def metrics_of(folder: Path, config: str, log: str, *more: str) -> dict[str, dic
 
 @pytest.mark.timeout(1600)
 def test_ml_100k_reaches_its_floor(tmp_path: Path, shared_data: Callable[[str], str]) -> None:
-    metrics = metrics_of(tmp_path, "ml-100k", shared_data("ml-100k.parquet"))
-    assert metrics["stage2"]["test"]["auc"] > 0.775
-    assert metrics["stage2"]["test"]["auc"] > metrics["baselines"]["item click rate"] + 0.03
+    fewer = ("stage1.epochs=15", "stage2.epochs=4")  # less than half of the time, and all but as good
+    metrics = metrics_of(tmp_path, "ml-100k", shared_data("ml-100k.parquet"), *fewer)
+    assert metrics["stage2"]["test"]["auc"] > 0.79
+    assert metrics["stage2"]["test"]["auc"] > metrics["baselines"]["item click rate"] + 0.05
 
 
 @pytest.mark.timeout(1600)

@@ -16,7 +16,7 @@ from hpgr.data import ordering
 from hpgr.data.hashing import U64, combine, hash_items, hash_text
 from hpgr.data.timelines import events_before
 from hpgr.data.validation import empty_rows
-from hpgr.schema import IN_HISTORY, IS_TARGET, ITEM, LABEL, ORDER, TIME, USER
+from hpgr.schema import IN_HISTORY, IS_TARGET, ITEM, LABEL, ORDER, SECOND, TIME, USER
 
 quick = settings(max_examples=150, deadline=None)
 FAR = 2**62 - 1
@@ -69,7 +69,8 @@ def test_rows_are_sorted_by_all_keys_once_each(rows: list[tuple[int, int, float,
     assert duplicates == len(rows) - len(got)
 
 
-MOMENT = st.tuples(st.integers(0, 3), st.sampled_from([-FAR, -5, -1, 0, 1, 2, 3, FAR]))
+WITHIN = [k * SECOND + more for k in (-2, -1, 0, 1) for more in (0, 1, SECOND - 1)]
+MOMENT = st.tuples(st.integers(0, 3), st.sampled_from([-FAR, *WITHIN, FAR]))
 
 
 @quick
@@ -79,5 +80,5 @@ def test_events_before_a_moment_are_counted(history: list[tuple[int, int]], mome
         return np.array(rows, np.int64).reshape(-1, 2).T
 
     history = sorted(history)
-    expected = [sum(u == user and t < time for u, t in history) for user, time in moments]
+    expected = [sum(u == user and t // SECOND < time // SECOND for u, t in history) for user, time in moments]
     assert events_before(*columns(history), *columns(moments)).tolist() == expected

@@ -248,11 +248,12 @@ def test_a_folder_that_goes_with_the_submitted_job_is_told(
     said, run = list[str](), str(tmp_path / "runtime_resources/working_dir_files/runs/r")
     for module in (tune, compare, pipeline):
         monkeypatch.setattr(module, "session", session)
-    plan = Plan(parse_matrix({"rows": {"hpgr": {}}}), Config())
+    config = Config.model_validate({"data": {"columns": {"label": "clicked"}}})
+    plan = Plan(parse_matrix({"rows": {"hpgr": {}}}), config)
     starts: dict[str, Callable[[], Any]] = {
-        "search": lambda: tune.search(SearchRequest(run, Config(), space(), False), said.append),
+        "search": lambda: tune.search(SearchRequest(run, config, space(), False), said.append),
         "comparison": lambda: compare.compare(compare.CompareRequest(run, plan, False), said.append),
-        "run": lambda: pipeline.two_stage(pipeline.Request(run, Config(), False), said.append),
+        "run": lambda: pipeline.two_stage(pipeline.Request(run, config, False), said.append),
     }
     with pytest.raises(Opened):
         starts[job]()
