@@ -22,9 +22,9 @@ from hpgr.errors import ArtifactError, StoreError
 FORMAT = 8
 """Version of run folders and prepared logs; a folder of another version is refused, never guessed at."""
 SPACE = "; check space and permissions"
+"""What helps against most refusals to write."""
 ASIDE = ".tmp"
 """End of the name that a file has on a disk until it is whole; a process that is killed then leaves one behind."""
-"""What helps against most refusals to write."""
 PAUSES = (0.5, 2.0)
 """Seconds before a store that refused a read is asked again."""
 T = TypeVar("T")

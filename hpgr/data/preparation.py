@@ -122,7 +122,7 @@ def prepare(config: Config, execute: Execute, say: Callable[[str], None]) -> Pre
     """
     data = config.data
     _check_named(data)
-    files = find_files(_given(data) or [_generated(data, say)], data.format)
+    files = find_files([_generated(data, say)] if data.path is None else _given(data), data.format)
     inputs = inputs_fingerprint(files)
     settings = {k: v for k, v in dump(config)["data"].items() if k not in ("prepared", "path", "synthetic")}
     name = fingerprint({"format": FORMAT, "inputs": inputs, "settings": settings})

@@ -76,9 +76,8 @@ def _expand(filesystem: pafs.FileSystem, root: str, path: str, declared: str, as
             base = root[: min(root.index(c) for c in "*?[" if c in root)].rpartition("/")[0]
             listing = filesystem.get_file_info(pafs.FileSelector(base, recursive=True, allow_not_found=True))
             files = [i for i in listing if i.type == pafs.FileType.File and fnmatch.fnmatch(i.path, root)]
-            found = [
-                i for i in files if not _is_hidden(i, base)
-            ] or files  # all, where the pattern asks for hidden ones
+            shown = [i for i in files if not _is_hidden(i, base)]
+            found = shown or files  # the pattern may ask for hidden ones
         else:
             info = filesystem.get_file_info(root)
             if info.type != pafs.FileType.Directory:

@@ -71,6 +71,11 @@ def test_a_configuration_of_another_log_asks_where_that_is(refused: Make) -> Non
     assert said.startswith("data.path: got none, and the generated log has no column 'uid'; expected where")
 
 
+def test_a_list_of_no_paths_is_no_wish_for_the_generated_log(config: Make) -> None:
+    with pytest.raises(DataError, match="the log is empty"):
+        prepare(config(data={"path": []}), in_process, print)
+
+
 def test_path_below_a_file_is_missing(refused: Make, write_log: Make, log: Make) -> None:
     path = write_log(log()) + "/more"
     assert path in refused(path)
