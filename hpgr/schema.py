@@ -41,6 +41,8 @@ USER, ITEM, TIME = "user", "item", "time"
 LABEL, ACTION, REQUEST, ORDER = "label", "action", "request", "order"
 IN_HISTORY, IS_TARGET, SOURCE = "in_history", "is_target", "source"
 FEATURE_PREFIX = "feature:"
+LIST_PREFIX = "list:"
+"""Begins the names of numbers that tell of a candidate in its list."""
 _FEATURES = ("h_cat", "h_num", "t_cat", "t_num")
 
 HISTORY_FIELDS = {"item": pa.int32(), "time": pa.int64(), "action": pa.int32(), "visible": pa.int32()}

@@ -220,6 +220,7 @@ LOG = {
     "history": [[{"column": "event", "value": "view"}], [{"column": "clicked", "value": 1}]],
     "features": [
         {"name": "slot", "column": "slot", "role": "candidate"},
+        {"name": "place", "column": "slot", "role": "candidate", "kind": "numeric"},
         {"name": "device", "column": "device", "role": "user"},
     ],
     "split": {"by": "time_fraction", "validation": 0.15, "test": 0.15},

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from hpgr.config.base import Count, Natural, Positive, Section, Share
-from hpgr.schema import SECOND
+from hpgr.schema import LIST_PREFIX, SECOND
 
 Operator = Literal["==", "!=", ">=", ">", "<=", "<", "in", "not_in", "is_null", "not_null"]
 
@@ -186,6 +186,9 @@ class Data(Section):
         names = [f.name for f in self.features]
         if len(set(names)) < len(names):
             raise ValueError(f"feature names must differ, got {names}")
+        taken = [n for n in names if n.startswith(LIST_PREFIX)]
+        if taken:
+            raise ValueError(f"feature names may not begin with {LIST_PREFIX!r}, got {taken}")
         if self.label_rule and not self.columns.label:
             raise ValueError("label_rule needs columns.label, the column it is applied to")
         if utc_us(self.earliest) >= utc_us(self.latest):

@@ -64,6 +64,15 @@ class Asvd(Section):
     """Give it to hstu, mtgr and din too, to see how much of HPGR's distance to them it is."""
 
 
+class Lists(Section):
+    enabled: bool = True
+    """Compare a candidate with the list it is shown in (`data.columns.request`): how many the list holds, how many of
+    those the user engaged with before, and how far each numeric feature of the item or candidate is from the list's
+    mean and from that of the one engaged with last. A position tells what stands above what as a numeric feature."""
+    baselines: bool = False
+    """Give it to hstu, mtgr and din too, to see how much of HPGR's distance to them it is."""
+
+
 class Mtgr(Section):
     mlp_ratio: Count = 2
     """Width of a block's MLP, in model widths."""
@@ -76,9 +85,9 @@ class Din(Section):
 
 class Model(Section):
     name: Literal["hpgr", "hstu", "mtgr", "din", "logistic"] = "hpgr"
-    """The click model of stage 2. The sections `pgsa` and (unless `asvd.baselines`) `asvd`, and `sem.in_stage2`, belong
-    to hpgr alone; the others attend densely to the flat history. Any of them can start from stage 1: its event tokens
-    are alike in all."""
+    """The click model of stage 2. The sections `pgsa`, `asvd` and `lists` (the last two unless their `baselines` is
+    true), and `sem.in_stage2`, belong to hpgr alone; the others attend densely to the flat history. Any of them can
+    start from stage 1: its event tokens are alike in all."""
     width: Annotated[int, Field(ge=4)] = 64
     """Width of all token vectors; a multiple of `heads`."""
     heads: Count = 2
@@ -99,6 +108,7 @@ class Model(Section):
     sem: Sem = Sem()
     pgsa: Pgsa = Pgsa()
     asvd: Asvd = Asvd()
+    lists: Lists = Lists()
     mtgr: Mtgr = Mtgr()
     din: Din = Din()
 
@@ -116,6 +126,11 @@ class Model(Section):
     def with_asvd(self) -> bool:
         """Whether the click model has Asymmetric-SVD beside its encoder, where the log's actions are graded."""
         return self.asvd.factors > 0 and (self.name == "hpgr" or self.asvd.baselines)
+
+    @property
+    def with_lists(self) -> bool:
+        """Whether the click model compares candidates with their lists, where the log tells lists."""
+        return self.lists.enabled and (self.name == "hpgr" or self.lists.baselines)
 
     @model_validator(mode="after")
     def _divides(self) -> Model:

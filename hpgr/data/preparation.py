@@ -34,7 +34,7 @@ from hpgr.data.hashing import hash_text
 from hpgr.data.ordering import order_rows
 from hpgr.data.sources import Fragment, find_files, fragments, inputs_fingerprint, read
 from hpgr.data.synthetic import LOG_COLUMNS, write_log
-from hpgr.data.timelines import encode, features_of, training_rows, write_timelines
+from hpgr.data.timelines import column_names, encode, training_rows, write_timelines
 from hpgr.data.validation import empty_rows, needed_columns, validate
 from hpgr.data.vocabulary import Vocabulary, count, merge
 from hpgr.errors import ArtifactError, ConfigError, DataError, StoreError
@@ -215,8 +215,7 @@ class Job:
             "cut_offs": None if cuts is None else asdict(cuts),
             "vocabulary": sizes,
             "train_actions": np.sum([counts for _, counts, _ in encoded], axis=0).tolist(),
-            "features": {s + k: [f.name for f in features_of(self.data.features, s, k)]
-                         for s in ("h_", "t_") for k in ("cat", "num")},
+            "features": {s + k: column_names(self.data, s, k) for s in ("h_", "t_") for k in ("cat", "num")},
             "versions": versions(),
         }  # fmt: skip
 

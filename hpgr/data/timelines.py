@@ -11,6 +11,7 @@ import pyarrow as pa
 from hpgr.artifacts import Folder
 from hpgr.config import Data, Feature
 from hpgr.data.hashing import hash_text
+from hpgr.data.lists import compared_features, list_columns, list_features
 from hpgr.data.ordering import moment_keys, run_starts, user_codes
 from hpgr.data.split import CutOffs, Targets, assign, targets_of, train_ends
 from hpgr.data.vocabulary import Vocabulary, actions
@@ -39,6 +40,12 @@ def features_of(features: Sequence[Feature], stream: str, kind: str) -> list[Fea
     roles = HISTORY_ROLES if stream == "h_" else TARGET_ROLES
     wanted = "categorical" if kind == "cat" else "numeric"
     return [f for f in features if f.role in roles and f.kind == wanted]
+
+
+def column_names(data: Data, stream: str, kind: str) -> list[str]:
+    """Names of a stream's features of a kind, in column order; candidates' numbers end with those of their lists."""
+    names = [f.name for f in features_of(data.features, stream, kind)]
+    return names + list_columns(data) if (stream, kind) == ("t_", "num") else names
 
 
 def training_rows(table: pa.Table, data: Data, cuts: CutOffs | None) -> tuple[Array, dict[str, Any]]:
@@ -105,6 +112,8 @@ def encode(table: pa.Table, vocabulary: Vocabulary, data: Data, cuts: CutOffs | 
     }
     for stream, rows in (("h_", history), ("t_", targets.row)):
         columns[stream + "cat"], columns[stream + "num"] = feature_arrays(table, rows, stream, vocabulary, data)
+    shown = offsets_of(h_counts), columns["h_item"], targets.user, columns["t_item"], columns["t_visible"]
+    columns["t_num"] = with_lists(*shown, columns["t_request"], columns["t_num"], data)
     n_train = np.bincount(h_user[h_time < ends[h_user]], minlength=n_users)
     users = _user_columns(table, first) | {"train_end": ends, "n_train": n_train}
     return _to_lists(users, columns, h_counts, t_counts, data)
@@ -157,6 +166,17 @@ def feature_arrays(table: pa.Table, rows: Ints, stream: str, vocabulary: Vocabul
     )
 
 
+def with_lists(
+    h_offsets: Ints, h_item: Array, row: Ints, item: Array, visible: Array, listed: Ints, num: Array, data: Data
+) -> Array:
+    """Candidates' numeric features with what their lists tell beside them; arguments as of `list_features`."""
+    if not list_columns(data):
+        return num
+    names = [f.name for f in features_of(data.features, "t_", "num")]
+    values = num[:, [names.index(name) for name in compared_features(data)]]
+    return np.column_stack([num, list_features(h_offsets, h_item, row, item, visible, listed, values)])
+
+
 def write_timelines(folder: Folder, bucket: int, timelines: pa.Table) -> None:
     """One file a bucket. Dictionaries of numbers are slow to make; lz4 of differences is as small as zstd of values."""
     deltas = {f"{name}.list.element": "DELTA_BINARY_PACKED" for name in ("h_item", "h_time", "t_item", "t_time")}
@@ -165,7 +185,7 @@ def write_timelines(folder: Folder, bucket: int, timelines: pa.Table) -> None:
 
 
 def _to_lists(users: dict[str, Any], columns: dict[str, Array], h_counts: Ints, t_counts: Ints, data: Data) -> pa.Table:
-    widths = {s + k: len(features_of(data.features, s, k)) for s in ("h_", "t_") for k in ("cat", "num")}
+    widths = {s + k: len(column_names(data, s, k)) for s in ("h_", "t_") for k in ("cat", "num")}
     schema = timeline_schema(widths)
     arrays = []
     for field in schema:

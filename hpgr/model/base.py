@@ -16,6 +16,7 @@ from hpgr.config import Config
 from hpgr.model.asvd import AsymmetricSvd
 from hpgr.model.embedding import EventEncoder, Matches, MatchFeatures, Sizes, own_events
 from hpgr.model.inputs import Inputs
+from hpgr.model.lists import ListFeatures
 from hpgr.model.noise import Noise
 from hpgr.model.pgsa import visible_mask
 from hpgr.schema import NO_ACTION
@@ -206,6 +207,7 @@ class TokenClick(ClickModel):
         model = config.model
         self.events = EventEncoder(model, sizes)
         self.match = MatchFeatures(model.width, model.time_buckets, sizes.actions) if model.match_features else None
+        self.lists = ListFeatures(sizes.t_num, model.width) if model.with_lists and sizes.listed else None
         vectors = model.width if model.by_vectors else 0
         self.asvd = AsymmetricSvd(model.asvd, sizes, vectors) if model.with_asvd and sizes.graded else None
         self.head = click_head(model.width, sizes.base_rate)
@@ -262,9 +264,11 @@ class TokenClick(ClickModel):
         return None
 
     def candidates(self, x: Inputs, noise: Noise | None, more: Tensor | float = 0.0) -> Tensor:
-        """Candidate tokens, with what the visible past says of exactly their item, and `more`: [B, M, D]."""
+        """Candidate tokens, with what the visible past says of exactly their item, what their list says, and `more`:
+        [B, M, D]."""
         match = 0.0 if self.match is None else self.match(x.c_time, visible_matches(x))
-        return self.events.candidates(x, noise, match + more)
+        listed = 0.0 if self.lists is None else self.lists(x.c_num)
+        return self.events.candidates(x, noise, match + listed + more)
 
 
 def visible_matches(x: Inputs) -> Matches:

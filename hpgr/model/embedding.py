@@ -15,7 +15,7 @@ from hpgr.model.inputs import Inputs, tiles
 from hpgr.model.noise import Dropout, Noise
 from hpgr.model.pgsa import visible_mask
 from hpgr.model.timing import time_before, time_bucket
-from hpgr.schema import MASK, NO_ACTION, PAD, Array
+from hpgr.schema import LIST_PREFIX, MASK, NO_ACTION, PAD, Array
 
 MATCH_COUNTS, MATCH_PLACES = 6, 8
 
@@ -39,6 +39,11 @@ class Sizes:
     t_num: tuple[str, ...]
     base_rate: float
     train_actions: tuple[tuple[int, ...], ...]
+
+    @property
+    def listed(self) -> bool:
+        """Whether the log says what was shown together."""
+        return any(name.startswith(LIST_PREFIX) for name in self.t_num)
 
     @property
     def graded(self) -> bool:
@@ -73,7 +78,7 @@ class Features(nn.Module):
         self.tables = nn.ModuleDict(
             {_key(n): nn.Embedding(s, width) for n, s in sizes.categories.items() if n in shown}
         )
-        numeric = dict.fromkeys([*sizes.h_num, *sizes.t_num])
+        numeric = [n for n in dict.fromkeys([*sizes.h_num, *sizes.t_num]) if not n.startswith(LIST_PREFIX)]
         self.slopes = nn.ParameterDict({_key(n): nn.Parameter(torch.randn(width) * 0.02) for n in numeric})
         self.missing = nn.ParameterDict({_key(n): nn.Parameter(torch.zeros(width)) for n in numeric})
 
@@ -85,6 +90,8 @@ class Features(nn.Module):
         for i, name in enumerate(cat_names):
             out = out + self.tables[_key(name)](cat[..., i])
         for i, name in enumerate(num_names):
+            if name.startswith(LIST_PREFIX):
+                continue  # of lists only the models that have `ListFeatures` know
             gone = num[..., i, None].isnan()
             out = out + torch.where(
                 gone, self.missing[_key(name)], num[..., i, None].nan_to_num() * self.slopes[_key(name)]

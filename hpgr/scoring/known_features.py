@@ -1,4 +1,4 @@
-"""Features that candidates do not tell, from what the log told last [D].
+"""Features that candidates do not tell, from what the log told last, and what their lists tell of them [D].
 
 A feature of the user is that of the user's last visible event. A feature of an item is that of its last event in the
 run's training time, of whichever user: later events would tell a test what only the future knows.
@@ -16,9 +16,9 @@ import pyarrow as pa
 
 from hpgr.config import Data
 from hpgr.data.preparation import Execute, Prepared
-from hpgr.data.timelines import features_of
+from hpgr.data.timelines import features_of, with_lists
 from hpgr.data.vocabulary import MISSING
-from hpgr.schema import Array, Timelines
+from hpgr.schema import Array, Ints, Timelines
 from hpgr.scoring.pairs import Pairs
 
 KINDS: tuple[tuple[str, float], ...] = (("cat", MISSING), ("num", np.nan))
@@ -75,9 +75,15 @@ def lacks_item_features(data: Data, given: Iterable[str]) -> bool:
 
 
 def with_known_features(
-    pairs: Pairs, timelines: Timelines, items: ItemFeatures | None, data: Data, given: Iterable[str]
+    pairs: Pairs,
+    timelines: Timelines,
+    items: ItemFeatures | None,
+    data: Data,
+    given: Iterable[str],
+    listed: Ints | None = None,
 ) -> Pairs:
-    """The pairs with their users' and items' known features in place of those not `given`."""
+    """The pairs with their users' and items' known features in place of those not `given`, and with what their lists
+    tell. `listed` numbers each pair's list, -1 for none: [P]; None where none is shown in a list."""
     last = np.maximum(timelines.h_offsets[pairs.row] + pairs.visible - 1, 0)
     out: dict[str, Any] = {}
     for kind, missing in KINDS:
@@ -93,4 +99,7 @@ def with_known_features(
             elif feature.role == "item" and items is not None:
                 values[:, place] = getattr(items, kind)[pairs.item, shown.index(feature.name)]
         out[kind] = values
+    listed = np.full(len(pairs), -1) if listed is None else listed
+    seen = timelines.h_offsets, timelines.h_item, pairs.row, pairs.item, pairs.visible
+    out["num"] = with_lists(*seen, listed, out["num"], data)
     return replace(pairs, **out)

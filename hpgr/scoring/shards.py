@@ -127,8 +127,8 @@ class Shards:
         names = {"user": rows.column(USER), "item": rows.column(ITEM)}
         names |= {"time": pa.array(time, pa.timestamp("us", "UTC"))} if layout.time else {}
         names |= {name: rows.column(REQUEST_PREFIX + name) for name in layout.request}
-        pairs = self._pairs(timelines, row, time, *encoded)
-        return Wanted(pa.table(names), pairs, group, duplicates)
+        listed = np.where(rows.column(REQUEST).to_numpy() != 0, group, -1)
+        return Wanted(pa.table(names), self._pairs(timelines, row, time, *encoded, listed), group, duplicates)
 
     def _crossed(self, timelines: Timelines) -> Wanted:
         """Each of the shard's users with the whole of one list."""
@@ -169,10 +169,20 @@ class Shards:
         every = np.arange(rows.num_rows)
         return item, *feature_arrays(rows, every, "t_", self.vocabulary, self.config.data)
 
-    def _pairs(self, timelines: Timelines, row: Ints, time: Ints, item: Array, cat: Array, num: Array) -> Pairs:
+    def _pairs(
+        self,
+        timelines: Timelines,
+        row: Ints,
+        time: Ints,
+        item: Array,
+        cat: Array,
+        num: Array,
+        listed: Ints | None = None,
+    ) -> Pairs:
+        """Encoded candidates; `listed` as of `list_features`, None where none is shown in a list."""
+        data, given = self.config.data, self.request.layout.features if self.request.layout else ()
         pairs = Pairs(row, item, time, _visible(timelines, row, time), cat, num)
-        given = self.request.layout.features if self.request.layout else ()
-        return with_known_features(pairs, timelines, self.items, self.config.data, given)
+        return with_known_features(pairs, timelines, self.items, data, given, listed)
 
     def _item_names(self, item: Ints) -> pa.Array:
         """Ids of item indices; null for an unknown item, of which only a hash is kept."""

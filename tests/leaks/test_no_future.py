@@ -61,6 +61,7 @@ VARIANTS = {
     "mtgr": {"name": "mtgr"},
     "mtgr with asymmetric svd": {"name": "mtgr", "asvd": {"baselines": True}},
     "mtgr, three blocks": {"name": "mtgr", "layers": 3, "match_features": False},
+    "mtgr with lists": {"name": "mtgr", "lists": {"baselines": True}},
     "din": {"name": "din"},
     "logistic": {"name": "logistic"},
     "three layers": {"layers": 3, "sem": {"intra_layers": 2, "inter_layers": 2}},

@@ -25,7 +25,13 @@ PAIRS: dict[str, Any] = {"user_id": ["a", "b"], "item_id": ["x", "y"]}
     ("columns", "kind", "time", "request_columns", "features"),
     [
         (PAIRS, "pairs", False, (), ()),
-        (PAIRS | {"timestamp": [1, 2], "list_id": ["l", "m"], "slot": [0, 1]}, "pairs", True, ("list_id",), ("slot",)),
+        (
+            PAIRS | {"timestamp": [1, 2], "list_id": ["l", "m"], "slot": [0, 1]},
+            "pairs",
+            True,
+            ("list_id",),
+            ("slot", "place"),
+        ),
         ({"user_id": ["a"], "item_id": [["x", "y"]]}, "lists", False, (), ()),
         ({"item_id": ["x", "y"], "device": ["p", "p"]}, "all", False, (), ("device",)),
         ({"item_id": ["x"], "timestamp": [1], "extra": [None]}, "all", False, (), ()),

@@ -96,6 +96,22 @@ def test_integer_ids_are_the_same_ids_as_text(finished: Finished, tmp_path: Path
 # Every case has a defined result
 
 
+def test_a_candidate_is_compared_with_its_own_list_alone(ask: Ask, users: list[str], items: list[str]) -> None:
+    """Company changes a score where it is of the same request, not where it is of another, or of none."""
+
+    def first(*lists: str | None) -> float:
+        n = len(lists)
+        asked = {"user_id": [users[0]] * n, "item_id": items[:n], "slot": range(n), "timestamp": [2 * 10**9] * n}
+        _, table = ask(asked | ({} if None in lists else {"list_id": lists}))
+        return float(next(row["score"] for row in table.to_pylist() if row["item"] == items[0]))
+
+    alone = first("one")
+    assert first("one", "other", "other") == pytest.approx(alone, abs=1e-6)
+    assert first("one", "one", "one") != pytest.approx(alone, abs=1e-4)
+    assert first(None, None, None) == pytest.approx(first(None), abs=1e-6)
+    assert first(None) != pytest.approx(alone, abs=1e-4)
+
+
 def test_a_user_without_history_is_scored_by_the_empty_history(ask: Ask, users: list[str], items: list[str]) -> None:
     """Unknown users, and known ones before their first event, get one and the same score for an item."""
     both = ["new"] * 3 + [users[0]] * 3

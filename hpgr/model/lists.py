@@ -1,0 +1,44 @@
+"""A candidate in the list that it is shown in, and beside that list's preferred item, as a vector [D].
+
+Shapes: B rows, M candidates, G numeric features, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hpgr.schema import LIST_PREFIX
+
+FINEST, PER_DOUBLING, LARGEST = 32.0, 2.0, 24
+"""Differences are told apart from about 1 / FINEST standard deviations on, by PER_DOUBLING buckets for each doubling,
+up to bucket LARGEST on either side of none."""
+BUCKETS = 2 * LARGEST + 2
+
+
+class ListFeatures(nn.Module):
+    """What `hpgr.data.lists` tells of candidates, each number by its log-spaced bucket; it starts at zero.
+
+    Clicks go by no straight line of these numbers: of a page, the items right below the preferred one are looked at
+    next, those above it were passed over.
+    """
+
+    def __init__(self, numeric: tuple[str, ...], width: int) -> None:
+        """`numeric` names the columns of candidates' numbers; those of lists begin with LIST_PREFIX and come last."""
+        super().__init__()
+        self.columns = sum(name.startswith(LIST_PREFIX) for name in numeric)
+        self.first = len(numeric) - self.columns
+        self.table = nn.Parameter(torch.zeros(self.columns * BUCKETS, width))
+
+    def forward(self, num: Tensor) -> Tensor:
+        """Candidates' numbers [B, M, G], NaN = missing -> [B, M, D]."""
+        bucket = difference_bucket(num[..., self.first :])
+        start = torch.arange(self.columns, device=num.device) * BUCKETS
+        return self.table[bucket + start].sum(-2)
+
+
+def difference_bucket(difference: Tensor) -> Tensor:
+    """Log-spaced bucket of a difference by sign and size: 0 is missing, 1 + LARGEST is none. Any shape, int64."""
+    size = (PER_DOUBLING * torch.log2(1 + FINEST * difference.abs())).nan_to_num(0.0).floor().clamp(max=LARGEST)
+    bucket = 1 + LARGEST + (size * difference.nan_to_num(0.0).sign()).long()
+    return bucket.masked_fill(difference.isnan(), 0)

@@ -1,0 +1,120 @@
+"""What lists tell of their candidates, against plain Python."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers_model import LOG, tiny
+
+from hpgr.data.lists import last_engaged, list_columns, list_features
+from hpgr.data.timelines import column_names
+from hpgr.errors import ConfigError
+from hpgr.schema import Array, Floats, Ints, offsets_of
+
+USERS, ITEMS, LISTS = 4, 9, 12
+
+
+class Shown:
+    """Random histories, one of them empty, and lists of 1 to 6 candidates; some candidates are of no list."""
+
+    def __init__(self, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        lengths = np.append(rng.integers(1, 12, USERS - 1), 0)
+        self.h_offsets, self.h_item = offsets_of(lengths), rng.integers(0, ITEMS, lengths.sum())
+        size = rng.integers(1, 7, LISTS)
+        user = rng.integers(0, USERS, LISTS)
+        seen = (rng.random(LISTS) * (lengths[user] + 1)).astype(np.int64)
+        self.listed = np.repeat(np.where(rng.random(LISTS) < 0.2, -1, rng.permutation(50)[:LISTS]), size)
+        self.row, self.visible = np.repeat(user, size), np.repeat(seen, size)
+        self.item = rng.integers(0, ITEMS, len(self.row))
+        self.values = np.where(rng.random((len(self.row), 2)) < 0.2, np.nan, rng.normal(size=(len(self.row), 2)))
+
+    def features(self, h_item: Array | None = None) -> Floats:
+        history = self.h_item if h_item is None else h_item
+        return list_features(
+            self.h_offsets, history, self.row, self.item, self.visible, self.listed, self.values.astype(np.float32)
+        )
+
+    def past(self, candidate: int) -> list[int]:
+        start = int(self.h_offsets[self.row[candidate]])
+        return self.h_item[start : start + int(self.visible[candidate])].tolist()
+
+    def last(self, candidate: int) -> int:
+        places = [place for place, item in enumerate(self.past(candidate)) if item == self.item[candidate]]
+        return max(places, default=-1)
+
+
+def mean_of(values: list[float]) -> float:
+    known = [v for v in values if not np.isnan(v)]
+    return sum(known) / len(known) if known else np.nan
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_they_equal_the_loop(seed: int) -> None:
+    shown = Shown(seed)
+    got, preferred_lists = shown.features(), 0
+    for i in range(len(shown.row)):
+        if shown.listed[i] < 0:
+            assert np.isnan(got[i]).all()
+            continue
+        mates = np.flatnonzero(shown.listed == shown.listed[i]).tolist()
+        latest = max(shown.last(m) for m in mates)
+        preferred = [m for m in mates if latest >= 0 and shown.last(m) == latest]
+        preferred_lists += bool(preferred)
+        expected = [len(mates), sum(shown.last(m) >= 0 for m in mates)]
+        for of in (mates, preferred):
+            expected += [shown.values[i, g] - mean_of(shown.values[of, g].tolist()) for g in range(2)]
+        np.testing.assert_allclose(got[i], expected, rtol=1e-4, atol=1e-5)
+    assert preferred_lists
+    assert np.isnan(got).any()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_they_do_not_know_what_follows(seed: int) -> None:
+    """Each candidate's own future alone, since visible counts differ."""
+    shown = Shown(seed)
+    before, told = shown.features(), 0
+    for i in range(len(shown.row)):
+        start, stop = shown.h_offsets[shown.row[i] : shown.row[i] + 2]
+        future = np.arange(start + shown.visible[i], stop)
+        other = shown.h_item.copy()
+        other[future] = shown.item[i]
+        np.testing.assert_array_equal(shown.features(other)[i], before[i])
+        past = np.arange(start, start + shown.visible[i])
+        other[past] = shown.item[i]
+        told += bool(len(past)) and not np.array_equal(shown.features(other)[i], before[i], equal_nan=True)
+    assert told
+
+
+def test_the_order_of_candidates_plays_no_part() -> None:
+    shown = Shown(1)
+    before = shown.features()
+    order = np.random.default_rng(0).permutation(len(shown.row))
+    for name in ("row", "item", "visible", "listed", "values"):
+        setattr(shown, name, getattr(shown, name)[order])
+    np.testing.assert_array_equal(shown.features(), before[order])
+
+
+def test_the_last_engagement_is_found_in_long_timelines() -> None:
+    rng = np.random.default_rng(0)
+    offsets, item = np.array([0, 3000, 3001]), rng.integers(0, 1 << 30, 3001)
+    row: Ints = np.array([0, 0, 1, 1])
+    wanted = item[[10, 2999, 3000, 10]]
+    assert last_engaged(offsets, item, row, wanted, np.array([11, 2999, 1, 1])).tolist() == [10, -1, 0, -1]
+    assert last_engaged(np.array([0, 0]), item[:0], row[:2] * 0, wanted[:2], np.zeros(2, int)).tolist() == [-1, -1]
+
+
+def test_a_log_names_its_lists_numbers() -> None:
+    listed = tiny(data=LOG).data
+    names = ["list:size", "list:engaged", "list:place:mean", "list:place:preferred"]
+    assert list_columns(listed) == names
+    assert column_names(listed, "t_", "num") == ["place", *names]
+    assert column_names(listed, "t_", "cat") == ["slot", "device"]
+    alone = tiny(data=LOG | {"columns": LOG["columns"] | {"request": None}}).data
+    assert list_columns(alone) == []
+
+
+def test_a_feature_may_not_take_their_names() -> None:
+    feature = {"name": "list:size", "column": "slot", "role": "candidate"}
+    with pytest.raises(ConfigError, match="may not begin with 'list:'"):
+        tiny(data=LOG | {"features": [feature]})
