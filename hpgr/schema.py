@@ -39,7 +39,7 @@ SECOND = 1_000_000
 # Canonical columns of a validated log, one row an input row.
 USER, ITEM, TIME = "user", "item", "time"
 LABEL, ACTION, REQUEST, ORDER = "label", "action", "request", "order"
-IN_HISTORY, IS_TARGET, SOURCE = "in_history", "is_target", "source"
+IN_HISTORY, IS_TARGET, IS_SHOWN, SOURCE = "in_history", "is_target", "is_shown", "source"
 FEATURE_PREFIX = "feature:"
 LIST_PREFIX = "list:"
 """Begins the names of numbers that tell of a candidate in its list."""

@@ -34,7 +34,7 @@ SIZES = Sizes(
     h_cat=("colour", "device"),
     h_num=("price",),
     t_cat=("device",),
-    t_num=("price",),
+    t_num=("price", "list:engaged", "list:price:preferred"),
     base_rate=0.3,
     train_actions=((20, 10, 20, 0, 0), (0, 0, 0, 30, 40)),
 )
@@ -106,7 +106,7 @@ def random_batch(rows: int = 3, events: int = 12, targets: int = 5, seed: int = 
         t_request=np.full(m, -1),
         t_past=counts_before(h_time, t_time).ravel(),
         t_cat=rng.integers(0, SIZES.categories["device"], (m, 1)),
-        t_num=rng.normal(size=(m, 1)).astype(np.float32),
+        t_num=rng.normal(size=(m, 3)).astype(np.float32),
     )
 
 

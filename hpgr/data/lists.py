@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from hpgr.config import Data
+from hpgr.data.ordering import run_starts
 from hpgr.schema import LIST_PREFIX, Array, Floats, Ints
 
 SIZE, ENGAGED = LIST_PREFIX + "size", LIST_PREFIX + "engaged"
@@ -60,6 +61,15 @@ def list_features(h_offsets: Ints, h_item: Array, row: Ints, item: Array, visibl
         own - _means(own, group, np.ones(len(group), bool)),
         own - _means(own, group, preferred),
     ])  # fmt: skip
+    return out
+
+
+def number_lists(user: Ints, request: Ints, second: Ints) -> Ints:
+    """A number for what is shown together, a request's rows of one second: [I]. Later rows of a request do not tell
+    of earlier ones: a feed that ends with the click would tell where it is."""
+    order = np.lexsort((second, request, user))
+    out = np.empty(len(order), np.int64)
+    out[order] = run_starts(user[order], request[order], second[order])
     return out
 
 

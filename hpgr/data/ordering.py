@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from hpgr.data.hashing import combine, hash_items, hash_text, spelled_once, value_keys
-from hpgr.schema import ITEM, ORDER, TIME, USER, Array, Ints
+from hpgr.schema import IS_SHOWN, ITEM, ORDER, TIME, USER, Array, Ints
 
 
 def order_rows(table: pa.Table) -> tuple[pa.Table, int]:
@@ -26,7 +26,7 @@ def order_rows(table: pa.Table) -> tuple[pa.Table, int]:
     if len(tied):  # few rows of most logs share their user's moment; the other keys are made and sorted for those alone
         rows, moment = rank[tied], np.cumsum(~same)[tied]
         others = tie_keys(table.take(pa.array(rows)))
-        by = np.lexsort((rows, *reversed(others), moment))
+        by = np.lexsort((rows, *_not_shown(table, rows), *reversed(others), moment))
         rank[tied], others = rows[by], [column[by] for column in others]
         equal = np.logical_and.reduce([same[tied][1:], *(column[1:] == column[:-1] for column in others)])
         same[tied] = np.append(False, equal)
@@ -39,8 +39,13 @@ def tie_keys(table: pa.Table) -> list[Array]:
     Content is every mapped value but user, item and time; rows that agree in all keys are the same row.
     """
     order = [table.column(ORDER).to_numpy()] if ORDER in table.column_names else []
-    others = [name for name in table.column_names if name not in (USER, ITEM, TIME)]
+    others = [name for name in table.column_names if name not in (USER, ITEM, TIME, IS_SHOWN)]
     return [*order, hash_items(table.column(ITEM)), combine(*(value_keys(table.column(name)) for name in others))]
+
+
+def _not_shown(table: pa.Table, rows: Ints) -> list[Array]:
+    """Of rows that are the same but for a rule, one that counts as shown comes first, and stays."""
+    return [~np.array(table.column(IS_SHOWN).to_numpy(), bool)[rows]] if IS_SHOWN in table.column_names else []
 
 
 def moment_keys(user: Ints, time: Ints) -> Ints:

@@ -11,16 +11,18 @@ import pyarrow as pa
 from hpgr.artifacts import Folder
 from hpgr.config import Data, Feature
 from hpgr.data.hashing import hash_text
-from hpgr.data.lists import compared_features, list_columns, list_features
+from hpgr.data.lists import compared_features, list_columns, list_features, number_lists
 from hpgr.data.ordering import moment_keys, run_starts, user_codes
 from hpgr.data.split import CutOffs, Targets, assign, targets_of, train_ends
 from hpgr.data.vocabulary import Vocabulary, actions
 from hpgr.schema import (
     FEATURE_PREFIX,
     IN_HISTORY,
+    IS_SHOWN,
     ITEM,
     LABEL,
     NO_ACTION,
+    REQUEST,
     SECOND,
     TIME,
     TRAIN,
@@ -112,8 +114,10 @@ def encode(table: pa.Table, vocabulary: Vocabulary, data: Data, cuts: CutOffs | 
     }
     for stream, rows in (("h_", history), ("t_", targets.row)):
         columns[stream + "cat"], columns[stream + "num"] = feature_arrays(table, rows, stream, vocabulary, data)
-    shown = offsets_of(h_counts), columns["h_item"], targets.user, columns["t_item"], columns["t_visible"]
-    columns["t_num"] = with_lists(*shown, columns["t_request"], columns["t_num"], data)
+    if list_columns(data):
+        past = offsets_of(h_counts), columns["h_item"]
+        told = _lists(table, targets, columns["t_visible"], codes, encoded_items, past, vocabulary, data)
+        columns["t_num"] = np.column_stack([columns["t_num"], told])
     n_train = np.bincount(h_user[h_time < ends[h_user]], minlength=n_users)
     users = _user_columns(table, first) | {"train_end": ends, "n_train": n_train}
     return _to_lists(users, columns, h_counts, t_counts, data)
@@ -166,15 +170,33 @@ def feature_arrays(table: pa.Table, rows: Ints, stream: str, vocabulary: Vocabul
     )
 
 
-def with_lists(
-    h_offsets: Ints, h_item: Array, row: Ints, item: Array, visible: Array, listed: Ints, num: Array, data: Data
-) -> Array:
-    """Candidates' numeric features with what their lists tell beside them; arguments as of `list_features`."""
-    if not list_columns(data):
-        return num
+def _lists(
+    table: pa.Table, targets: Targets, visible: Array, users: Ints, items: Array, history: tuple[Ints, Array],
+    vocabulary: Vocabulary, data: Data,
+) -> Array:  # fmt: skip
+    """What lists tell of the impressions: [I, columns of `list_columns`].
+
+    A list is all of a request that is shown in one second, labelled or not: that a row has a label may tell a label.
+    `visible` [I] is of the impressions, `users` and `items` [rows] are of the table, `history` has offsets and items.
+    """
+    request, second = table.column(REQUEST).to_numpy(), table.column(TIME).to_numpy() // SECOND
+    shown = np.flatnonzero(_flags(table, IS_SHOWN) & (request != 0))
+    listed = number_lists(users[shown], request[shown], second[shown])
+    some = np.flatnonzero(targets.request)
+    place = np.searchsorted(shown, targets.row[some])
+    seen = np.zeros(len(shown), np.int64)
+    seen[listed[place]] = visible[some]  # alike for all of a request
+    values = compared_values(feature_arrays(table, shown, "t_", vocabulary, data)[1], data)
+    told = list_features(*history, users[shown], items[shown], seen[listed], listed, values)
+    out = np.full((len(targets.row), told.shape[1]), np.nan, np.float32)
+    out[some] = told[place]
+    return out
+
+
+def compared_values(num: Array, data: Data) -> Array:
+    """Of candidates' numeric features [I, G] those that lists compare."""
     names = [f.name for f in features_of(data.features, "t_", "num")]
-    values = num[:, [names.index(name) for name in compared_features(data)]]
-    return np.column_stack([num, list_features(h_offsets, h_item, row, item, visible, listed, values)])
+    return num[:, [names.index(name) for name in compared_features(data)]]
 
 
 def write_timelines(folder: Folder, bucket: int, timelines: pa.Table) -> None:

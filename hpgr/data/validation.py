@@ -20,6 +20,7 @@ from hpgr.schema import (
     ACTION,
     FEATURE_PREFIX,
     IN_HISTORY,
+    IS_SHOWN,
     IS_TARGET,
     ITEM,
     LABEL,
@@ -77,7 +78,10 @@ def validate(raw: pa.Table, first_row: int, data: Data) -> Validated:
         columns[FEATURE_PREFIX + feature.name] = read_feature(raw, feature, reasons)
     columns[IN_HISTORY] = pa.array(any_group(raw, data.history))
     labelled = pc.is_valid(columns[LABEL]).to_numpy(zero_copy_only=False)
-    columns[IS_TARGET] = pa.array(any_group(raw, data.impressions) & labelled)
+    shown = any_group(raw, data.impressions)
+    columns[IS_TARGET] = pa.array(shown & labelled)
+    if data.columns.request:  # without rules only a label says that a row was shown
+        columns[IS_SHOWN] = columns[IS_TARGET] if data.impressions is None else pa.array(shown)
     good, rows = unmarked(reasons), pa.table(columns)
     rows = (rows if good.all() else rows.filter(pa.array(good))).combine_chunks()
     return Validated(rows, quarantine_table(raw, reasons, first_row))
@@ -92,6 +96,7 @@ def empty_rows(data: Data) -> pa.Table:
     for f in data.features:
         kinds[FEATURE_PREFIX + f.name] = pa.string() if f.kind == "categorical" else pa.float64()
     kinds |= {IN_HISTORY: pa.bool_(), IS_TARGET: pa.bool_()}
+    kinds |= {IS_SHOWN: pa.bool_()} if data.columns.request else {}
     return pa.schema(list(kinds.items())).empty_table()
 
 

@@ -267,7 +267,7 @@ class TokenClick(ClickModel):
         """Candidate tokens, with what the visible past says of exactly their item, what their list says, and `more`:
         [B, M, D]."""
         match = 0.0 if self.match is None else self.match(x.c_time, visible_matches(x))
-        listed = 0.0 if self.lists is None else self.lists(x.c_num)
+        listed = 0.0 if self.lists is None else self.lists(x.c_num, noise)
         return self.events.candidates(x, noise, match + listed + more)
 
 

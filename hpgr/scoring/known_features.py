@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow as pa
 
 from hpgr.config import Data
+from hpgr.data.lists import list_columns, list_features
 from hpgr.data.preparation import Execute, Prepared
-from hpgr.data.timelines import features_of, with_lists
+from hpgr.data.timelines import compared_values, features_of
 from hpgr.data.vocabulary import MISSING
 from hpgr.schema import Array, Ints, Timelines
 from hpgr.scoring.pairs import Pairs
@@ -99,7 +100,8 @@ def with_known_features(
             elif feature.role == "item" and items is not None:
                 values[:, place] = getattr(items, kind)[pairs.item, shown.index(feature.name)]
         out[kind] = values
-    listed = np.full(len(pairs), -1) if listed is None else listed
-    seen = timelines.h_offsets, timelines.h_item, pairs.row, pairs.item, pairs.visible
-    out["num"] = with_lists(*seen, listed, out["num"], data)
+    if list_columns(data):
+        listed = np.full(len(pairs), -1) if listed is None else listed
+        own = timelines.h_offsets, timelines.h_item, pairs.row, pairs.item, pairs.visible, listed
+        out["num"] = np.column_stack([out["num"], list_features(*own, compared_values(out["num"], data))])
     return replace(pairs, **out)

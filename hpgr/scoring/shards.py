@@ -17,12 +17,13 @@ from hpgr.artifacts import Folder
 from hpgr.config import Config, Data
 from hpgr.data.batches import Assembler
 from hpgr.data.candidates import REQUEST_PREFIX, Layout, dealt_rows, distinct, empty_candidates, validate_candidates
+from hpgr.data.lists import number_lists
 from hpgr.data.ordering import rank_users, run_starts
 from hpgr.data.preparation import Prepared
 from hpgr.data.sources import Fragment, read
 from hpgr.data.timelines import events_before, feature_arrays, features_of
 from hpgr.data.vocabulary import MISSING, Vocabulary
-from hpgr.schema import ITEM, REQUEST, TIME, USER, Array, Floats, Ints, Timelines
+from hpgr.schema import ITEM, REQUEST, SECOND, TIME, USER, Array, Floats, Ints, Timelines
 from hpgr.scoring.known_features import ItemFeatures, with_known_features
 from hpgr.scoring.pairs import Anchors, Pairs, Scorer
 from hpgr.scoring.request import Options, Request
@@ -122,12 +123,14 @@ class Shards:
         found = pc.index_in(rows.column(USER), value_set=timelines.user.slice(0, len(timelines) - 1))
         row = pc.fill_null(found, len(timelines) - 1).to_numpy().astype(np.int64)
         group = run_starts(user, rows.column(REQUEST).to_numpy())
-        time = _list_times(rows, group, request.options.at)
+        own = pc.fill_null(rows.column(TIME), request.options.at).to_numpy().astype(np.int64)
+        time = _list_times(rows, group, own)
         encoded = self._encoded(rows)
         names = {"user": rows.column(USER), "item": rows.column(ITEM)}
         names |= {"time": pa.array(time, pa.timestamp("us", "UTC"))} if layout.time else {}
         names |= {name: rows.column(REQUEST_PREFIX + name) for name in layout.request}
-        listed = np.where(rows.column(REQUEST).to_numpy() != 0, group, -1)
+        asked = rows.column(REQUEST).to_numpy()
+        listed = np.where(asked != 0, number_lists(user, asked, own // SECOND), -1)
         return Wanted(pa.table(names), self._pairs(timelines, row, time, *encoded, listed), group, duplicates)
 
     def _crossed(self, timelines: Timelines) -> Wanted:
@@ -238,9 +241,8 @@ def read_list(
     return distinct(rows, np.zeros(rows.num_rows, np.int64))[0], bad
 
 
-def _list_times(rows: pa.Table, group: Ints, at: int) -> Ints:
-    """Moment of each candidate: its own time or `at`; of a request, its earliest row's, as in preparation."""
-    time = pc.fill_null(rows.column(TIME), at).to_numpy().astype(np.int64)
+def _list_times(rows: pa.Table, group: Ints, time: Ints) -> Ints:
+    """Moment of each candidate: its own `time`; of a request, its earliest row's, as in preparation."""
     first = np.flatnonzero(group == np.arange(len(group)))
     if not len(first):
         return time

@@ -43,7 +43,7 @@ INDEXES = (
     "click-test",
 )
 
-ONLY_STAGE2 = ("name", "match_features", "pgsa", "asvd", "mtgr", "din")
+ONLY_STAGE2 = ("name", "match_features", "pgsa", "asvd", "lists", "mtgr", "din")
 """Settings of the model that stage 1 does not have."""
 OF_OBJECTIVE = {"masked_item": ("sem",), "next_item": ("layers", "silu_on", "hstu_form")}
 """Settings of the model that stage 1 has under one objective alone."""

@@ -167,7 +167,7 @@ def test_candidates_do_not_influence_one_another(model: ClickModel, batch: Batch
     other = changed(
         batch,
         t_item=(others, rng.integers(2, SIZES.items, n)),
-        t_num=(others, rng.normal(size=(n, 1))),
+        t_num=(others, rng.normal(size=(n, 3))),
         t_cat=(others, rng.integers(0, 4, (n, 1))),
         t_time=(others, moved[others]),
         t_visible=(others, moved_visible[others]),

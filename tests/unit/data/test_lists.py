@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
+from helpers_log import item_names, users
 from helpers_model import LOG, tiny
 
 from hpgr.data.lists import last_engaged, list_columns, list_features
+from hpgr.data.preparation import Prepared
 from hpgr.data.timelines import column_names
 from hpgr.errors import ConfigError
 from hpgr.schema import Array, Floats, Ints, offsets_of
 
+Make = Callable[..., Any]
 USERS, ITEMS, LISTS = 4, 9, 12
 
 
@@ -118,3 +124,76 @@ def test_a_feature_may_not_take_their_names() -> None:
     feature = {"name": "list:size", "column": "slot", "role": "candidate"}
     with pytest.raises(ConfigError, match="may not begin with 'list:'"):
         tiny(data=LOG | {"features": [feature]})
+
+
+# Whole logs
+
+
+def numbers(prepared: Prepared, name: str, user: str = "a") -> dict[str, float]:
+    """A list column of the user's last request, by item."""
+    width, place = 1 + len(list_columns(LISTED)), 1 + list_columns(LISTED).index(name)
+    row = users(prepared)[user]
+    column = np.array(row["t_num"], np.float32).reshape(-1, width)[:, place].tolist()
+    every = zip(row["t_time"], item_names(prepared, row["t_item"]), column, strict=True)
+    out = {item: number for time, item, number in every if time == row["t_time"][-1]}
+    assert "?" not in out
+    return out
+
+
+def pages(rows: list[tuple[int, str, int, int, int | None]]) -> list[dict[str, Any]]:
+    """Shown rows of user a (page, item, second, place, label), after a page each of twenty other users."""
+    names = ("page", "item_id", "timestamp", "place", "clicked")
+    others = [(u, (0, f"i{(3 * u + k) % 10}", u, k, int(k == 1))) for u in range(20) for k in range(3)]
+    every = [(f"u{u}", row) for u, row in others] + [("a", row) for row in rows]
+    shown = [{"user_id": user, "shown": 1} | dict(zip(names, row, strict=True)) for user, row in every]
+    return [row | {"timestamp": 1_600_000_000 + row["timestamp"]} for row in shown]
+
+
+SETTINGS: dict[str, Any] = {
+    "columns": {"label": "clicked", "request": ["page"]},
+    "features": [{"name": "place", "column": "place", "role": "candidate", "kind": "numeric"}],
+    "split": {"by": "time_fraction", "validation": 0.2, "test": 0.2},
+}
+LISTED = tiny(data=LOG | SETTINGS).data
+
+
+def test_a_list_is_what_was_shown_not_what_has_a_label(prepare_log: Make) -> None:
+    """What follows the click has no label: were it left out, the last of a list would be the clicked one."""
+    page = [(7, f"i{k}", 500, k, [0, 0, 1, None, None, None][k]) for k in range(6)]
+    prepared = prepare_log(pages(page), **SETTINGS, impressions=[[{"column": "shown", "value": 1}]])
+    assert numbers(prepared, "list:size") == dict.fromkeys(["i0", "i1", "i2"], 6)
+    mean = numbers(prepared, "list:place:mean")
+    assert mean["i0"] < mean["i1"] < mean["i2"] < 0, "the labelled ones stand above the middle"
+    assert set(numbers(prepared, "list:size", "u3").values()) == {3}
+    told = prepare_log(pages(page), name="told", **SETTINGS)  # without rules a label says what was shown
+    assert set(numbers(told, "list:size").values()) == {3}
+
+
+def test_rows_shown_later_tell_nothing(prepare_log: Make) -> None:
+    """A feed of one request, a pair of rows every 5 seconds, ends with the click."""
+    feed = [(7, f"i{k}", 500 + 5 * (k // 2), k, int(k == 5)) for k in range(6)]
+    prepared = prepare_log(pages(feed), **SETTINGS)
+    assert numbers(prepared, "list:size") == dict.fromkeys([f"i{k}" for k in range(6)], 2)
+    mean = numbers(prepared, "list:place:mean")
+    assert mean["i0"] < 0 < mean["i1"]
+    np.testing.assert_allclose([mean[f"i{k}"] for k in range(6)], [mean["i0"], mean["i1"]] * 3, rtol=1e-4)
+
+
+def test_the_preferred_item_is_the_one_engaged_with_last(prepare_log: Make) -> None:
+    seen = [(1, "i4", 100, 0, 1), (2, "i2", 200, 0, 1), (3, "i9", 300, 0, 1)]
+    page = [(7, f"i{k}", 500, k, int(k == 3)) for k in range(6)]
+    prepared = prepare_log(pages(seen + page), **SETTINGS, history=[[{"column": "clicked", "value": 1}]])
+    assert set(numbers(prepared, "list:engaged").values()) == {2}
+    above = numbers(prepared, "list:place:preferred")
+    assert above["i2"] == 0 < above["i3"]
+    np.testing.assert_allclose([above[f"i{k}"] / above["i3"] for k in range(6)], range(-2, 4), rtol=1e-3)
+
+
+def test_of_two_rows_that_differ_by_a_rule_alone_the_shown_one_stays(prepare_log: Make) -> None:
+    page = [(7, f"i{k}", 500, k, [0, 1, None][k]) for k in range(3)]
+    rows = pages(page)
+    twin = {**rows[-1], "shown": 0}
+    for name, order in (("before", [twin, *rows]), ("after", [*rows, twin])):
+        prepared = prepare_log(order, name=name, **SETTINGS, impressions=[[{"column": "shown", "value": 1}]])
+        assert prepared.manifest["account"]["duplicates"] == 1
+        assert numbers(prepared, "list:size") == {"i0": 3, "i1": 3}

@@ -34,6 +34,8 @@ FREE = {
     "model.asvd.factors": 3,
     "model.asvd.dropout": 0.1,
     "model.asvd.baselines": True,
+    "model.lists.enabled": False,
+    "model.lists.baselines": True,
     "stage2.shrinkage": 5.0,
     "stage2.item_lr_share": 0.5,
     "stage2.new_item_lr_share": 0.5,
