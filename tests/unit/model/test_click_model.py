@@ -114,8 +114,8 @@ def test_the_loss_is_the_sum_over_labelled_real_candidates() -> None:
     x = inputs(replace(batch, t_label=labels))
     with torch.no_grad():
         output = model(x)
-    p = torch.sigmoid(output.scores.double()).flatten()
-    terms = [-torch.log(p[i] if y else 1 - p[i]) for i, y in enumerate(labels.tolist()) if y >= 0]
+    click, none = (torch.sigmoid(sign * output.scores.double()).flatten() for sign in (1, -1))
+    terms = [-torch.log(click[i] if y else none[i]) for i, y in enumerate(labels.tolist()) if y >= 0]
     assert int(output.terms) == len(terms) == 9
     assert float(output.loss) == pytest.approx(float(sum(terms)), rel=1e-5)
 
