@@ -1,7 +1,8 @@
 """Probabilities of (timeline, candidate) pairs: each history is encoded once, and read by all of its candidates.
 
 Which events a candidate may see, and the window of history that serves it, are those of `impression_windows`, so a
-score equals evaluation's and depends on nothing but the user's past, the candidate and its moment.
+score equals evaluation's and depends on nothing but the user's past, the candidate (in `num` also its list) and its
+moment.
 
 Legend: P pairs, W windows of history, R rows of a micro-batch, M its padded candidates, N padded history, K anchors.
 """

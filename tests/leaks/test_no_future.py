@@ -1,4 +1,5 @@
-"""No event at or after an impression's second influences its score, and no candidate influences another.
+"""No event at or after an impression's second influences its score, and no candidate influences another, but by what
+its list shows of items and features (`hpgr.data.lists`, whose own tests ask what those numbers know).
 
 "Bit-identical" compares batches of equal shape: another shape may round differently, and then 1e-6 is asked.
 """
