@@ -16,6 +16,8 @@ from hpgr.config import Data
 from hpgr.data.ordering import run_starts
 from hpgr.schema import LIST_PREFIX, Array, Floats, Ints
 
+LATE = 0.001
+"""Largest share of training's clicks, or of its other impressions, that may come seconds after the list's first row."""
 SIZE, ENGAGED = LIST_PREFIX + "size", LIST_PREFIX + "engaged"
 
 
@@ -25,11 +27,16 @@ def compared_features(data: Data) -> list[str]:
 
 
 def list_columns(data: Data) -> list[str]:
-    """Names of the numbers that `list_features` gives; none where the log does not say what was shown together."""
+    """Names of the numbers that `list_features` gives; none where the log does not name lists."""
     if not data.columns.request:
         return []
     names = compared_features(data)
     return [SIZE, ENGAGED, *(f"{LIST_PREFIX}{name}:{to}" for to in ("mean", "preferred") for name in names)]
+
+
+def told_by(features: dict[str, list[str]]) -> list[str]:
+    """Names of these numbers among the features of a prepared log's manifest."""
+    return [name for name in features["t_num"] if name.startswith(LIST_PREFIX)]
 
 
 def list_features(h_offsets: Ints, h_item: Array, row: Ints, item: Array, visible: Array, listed: Ints,

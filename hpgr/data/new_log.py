@@ -17,6 +17,7 @@ import numpy as np
 from hpgr.artifacts import FORMAT, Folder, absolute, fingerprint
 from hpgr.config import Data
 from hpgr.data import split as splits
+from hpgr.data.lists import told_by
 from hpgr.data.preparation import SPLIT_NAMES, Execute, Job, Prepared, bucket_count, ordered_rows, sole, versions
 from hpgr.data.sources import find_files, fragments, inputs_fingerprint
 from hpgr.data.timelines import encode, training_rows, write_timelines
@@ -55,7 +56,8 @@ def prepare_new(
         account, _ = job.order(pieces, hours=False)
         folder.write_parquet("vocabulary.parquet", known.vocabulary().items)
         folder.write_json("vocabulary.json", known.vocabulary().to_tables())
-        parts = list(execute("encode", partial(_encode, data=data, folder=folder), range(job.buckets)))
+        encoding = partial(_encode, data=data, folder=folder, lists=told_by(known.manifest["features"]))
+        parts = list(execute("encode", encoding, range(job.buckets)))
         manifest = {
             "format": FORMAT,
             "fingerprint": name,
@@ -72,11 +74,11 @@ def prepare_new(
     return Prepared(folder, manifest)
 
 
-def _encode(bucket: int, data: Data, folder: Folder) -> dict[str, Any]:
+def _encode(bucket: int, data: Data, folder: Folder, lists: list[str]) -> dict[str, Any]:
     """Write a bucket's timelines; returns its account."""
     table, vocabulary = ordered_rows(bucket, folder), Prepared(folder, {}).vocabulary()
     _, account = training_rows(table, data, ALL_HELD_OUT)
-    prepared = encode(table, vocabulary, data, ALL_HELD_OUT)
+    prepared = encode(table, vocabulary, data, ALL_HELD_OUT, lists)
     write_timelines(folder, bucket, prepared)
     unknown = int((Timelines.from_table(prepared).h_item < vocabulary.first_item).sum())
     return account | {"timelines": prepared.num_rows, "unknown_items": unknown}

@@ -31,6 +31,7 @@ from hpgr.artifacts import FORMAT, Folder, absolute, check_format, fingerprint
 from hpgr.config import Config, Data, dump
 from hpgr.data import split as splits
 from hpgr.data.hashing import hash_text
+from hpgr.data.lists import LATE, list_columns
 from hpgr.data.ordering import order_rows
 from hpgr.data.sources import Fragment, find_files, fragments, inputs_fingerprint, read
 from hpgr.data.synthetic import LOG_COLUMNS, write_log
@@ -205,7 +206,8 @@ class Job:
         sizes = next(
             iter(self.execute("merge", partial(merge_counts, data=self.data, folder=self.folder), [self.buckets]))
         )
-        encoding = partial(encode_bucket, data=self.data, folder=self.folder, cuts=cuts)
+        lists = self._lists(counts)
+        encoding = partial(encode_bucket, data=self.data, folder=self.folder, cuts=cuts, lists=lists)
         encoded = list(self.execute("encode", encoding, every))
         account["timelines"] = sum(timelines for timelines, *_ in encoded)
         account["unknown_items"] = self._unknown(np.sum([unknown for *_, unknown in encoded], axis=0), account)
@@ -215,9 +217,21 @@ class Job:
             "cut_offs": None if cuts is None else asdict(cuts),
             "vocabulary": sizes,
             "train_actions": np.sum([counts for _, counts, _ in encoded], axis=0).tolist(),
-            "features": {s + k: column_names(self.data, s, k) for s in ("h_", "t_") for k in ("cat", "num")},
+            "features": {s + k: column_names(self.data, s, k, lists) for s in ("h_", "t_") for k in ("cat", "num")},
             "versions": versions(),
         }  # fmt: skip
+
+    def _lists(self, counts: list[dict[str, Any]]) -> list[str]:
+        """What lists are to tell of candidates: nothing if rows of a list are seconds apart, for such a time may be a
+        click's own, and what was shown up to it would tell the click."""
+        late, listed = (np.sum([c[key] for c in counts], axis=0) for key in ("late", "listed"))
+        share = (late / np.maximum(listed, 1)).max()
+        if share <= LATE:
+            return list_columns(self.data)
+        self.say(f"prepare: {share:.1%} of training's clicks or other impressions come seconds after the first row of "
+                 "their list. Such a time may tell what was clicked, so candidates are not compared with their lists; "
+                 "map data.columns.time to when the list was shown")  # fmt: skip
+        return []
 
     def _unknown(self, unknown: Array, account: dict[str, Any]) -> dict[str, int]:
         """Impressions whose item the vocabulary lacks, by split; told where they are many."""
@@ -440,13 +454,13 @@ def merge_counts(buckets: int, data: Data, folder: Folder) -> dict[str, Any]:
 
 
 def encode_bucket(
-    bucket: int, data: Data, folder: Folder, cuts: splits.CutOffs | None
+    bucket: int, data: Data, folder: Folder, cuts: splits.CutOffs | None, lists: Sequence[str]
 ) -> tuple[int, list[list[int]], list[int]]:
     """Write a bucket's timelines; returns how many, its training impressions by label and action index, and by split
     its impressions of unknown items."""
     plain, items = folder.read_json("vocabulary.json"), folder.read_parquet("vocabulary.parquet")
     vocabulary = Vocabulary.from_tables(items, plain)
-    timelines = encode(ordered_rows(bucket, folder), vocabulary, data, cuts)
+    timelines = encode(ordered_rows(bucket, folder), vocabulary, data, cuts, lists)
     write_timelines(folder, bucket, timelines)
     flat = Timelines.from_table(timelines)
     training, actions = flat.t_split == TRAIN, vocabulary.category_size("action")

@@ -10,7 +10,7 @@ import pyarrow as pa
 from hpgr.config import Split, utc_us
 from hpgr.data.ordering import run_starts, user_codes
 from hpgr.errors import DataError
-from hpgr.schema import IS_TARGET, REQUEST, SECOND, TEST, TIME, TRAIN, VALIDATION, Array, Ints
+from hpgr.schema import IS_SHOWN, IS_TARGET, REQUEST, SECOND, TEST, TIME, TRAIN, VALIDATION, Array, Ints
 
 NEVER = np.iinfo(np.int64).max
 HOUR = 3600 * SECOND
@@ -20,7 +20,8 @@ HOUR = 3600 * SECOND
 class Targets:
     """A bucket's impressions ordered by (user, time of the list, list, row). All arrays [I].
 
-    `time` is the earliest time of the list: nothing at or after it may inform any of its candidates.
+    `time` is the earliest time of the list, of rows without a label too: nothing at or after it may inform any of its
+    candidates.
     """
 
     row: Ints
@@ -39,14 +40,17 @@ class CutOffs:
 
 def targets_of(table: pa.Table) -> Targets:
     """Impressions of an ordered bucket."""
-    row = np.flatnonzero(table.column(IS_TARGET).to_numpy(zero_copy_only=False))
+    target = table.column(IS_TARGET).to_numpy(zero_copy_only=False)
+    shown = table.column(IS_SHOWN).to_numpy(zero_copy_only=False) if IS_SHOWN in table.column_names else target
+    row = np.flatnonzero(target | shown)
     user = user_codes(table)[row] if len(row) else np.zeros(0, np.int64)
     time = table.column(TIME).to_numpy()[row]
     request = np.zeros(len(row), np.int64)
     if REQUEST in table.column_names:
         request = table.column(REQUEST).to_numpy()[row]
     if not request.any():  # the bucket's own order is already theirs
-        return Targets(row, user, time, request)
+        own = target[row]
+        return Targets(row[own], user[own], time[own], request[own])
     alone = request == 0
     group = np.where(alone, row, request)
     by_list = np.lexsort((time, group, alone, user))
@@ -54,6 +58,7 @@ def targets_of(table: pa.Table) -> Targets:
     list_time = np.empty_like(time)
     list_time[by_list] = time[by_list][start]
     rank = np.lexsort((row, group, list_time, user))
+    rank = rank[target[row[rank]]]
     return Targets(row[rank], user[rank], list_time[rank], request[rank])
 
 

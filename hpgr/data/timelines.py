@@ -11,7 +11,7 @@ import pyarrow as pa
 from hpgr.artifacts import Folder
 from hpgr.config import Data, Feature
 from hpgr.data.hashing import hash_text
-from hpgr.data.lists import compared_features, list_columns, list_features, number_lists
+from hpgr.data.lists import compared_features, list_features, number_lists
 from hpgr.data.ordering import moment_keys, run_starts, user_codes
 from hpgr.data.split import CutOffs, Targets, assign, targets_of, train_ends
 from hpgr.data.vocabulary import Vocabulary, actions
@@ -44,10 +44,10 @@ def features_of(features: Sequence[Feature], stream: str, kind: str) -> list[Fea
     return [f for f in features if f.role in roles and f.kind == wanted]
 
 
-def column_names(data: Data, stream: str, kind: str) -> list[str]:
-    """Names of a stream's features of a kind, in column order; candidates' numbers end with those of their lists."""
+def column_names(data: Data, stream: str, kind: str, lists: Sequence[str]) -> list[str]:
+    """Names of a stream's features of a kind, in column order; candidates' numbers end with those of their `lists`."""
     names = [f.name for f in features_of(data.features, stream, kind)]
-    return names + list_columns(data) if (stream, kind) == ("t_", "num") else names
+    return [*names, *lists] if (stream, kind) == ("t_", "num") else names
 
 
 def training_rows(table: pa.Table, data: Data, cuts: CutOffs | None) -> tuple[Array, dict[str, Any]]:
@@ -70,7 +70,11 @@ def training_rows(table: pa.Table, data: Data, cuts: CutOffs | None) -> tuple[Ar
 def _account(table: pa.Table, targets: Targets, split: Array, used: Array, users: Ints) -> dict[str, Any]:
     label = _labels(table)[targets.row]
     time = table.column(TIME).to_numpy()
+    listed = (split == TRAIN) & (targets.request != 0)
+    late = listed & (time[targets.row] // SECOND > targets.time // SECOND)
     return {
+        "listed": [int((listed & (label == of)).sum()) for of in (0, 1)],
+        "late": [int((late & (label == of)).sum()) for of in (0, 1)],
         "rows": [int((split == s).sum()) for s in range(3)],
         "positives": [int(label[split == s].sum()) for s in range(3)],
         "history_events": int(_flags(table, IN_HISTORY).sum()),
@@ -81,8 +85,13 @@ def _account(table: pa.Table, targets: Targets, split: Array, used: Array, users
     }
 
 
-def encode(table: pa.Table, vocabulary: Vocabulary, data: Data, cuts: CutOffs | None) -> pa.Table:
-    """Timelines of an ordered bucket; users whose rows no rule uses have none. Schema: `timeline_schema`."""
+def encode(
+    table: pa.Table, vocabulary: Vocabulary, data: Data, cuts: CutOffs | None, lists: Sequence[str] = ()
+) -> pa.Table:
+    """Timelines of an ordered bucket; users whose rows no rule uses have none. Schema: `timeline_schema`.
+
+    `lists` names the numbers that lists tell of candidates (`list_columns`), if they are to be told.
+    """
     targets = targets_of(table)
     split = assign(targets, data.split, cuts)
     codes, time = user_codes(table), table.column(TIME).to_numpy()
@@ -114,13 +123,14 @@ def encode(table: pa.Table, vocabulary: Vocabulary, data: Data, cuts: CutOffs | 
     }
     for stream, rows in (("h_", history), ("t_", targets.row)):
         columns[stream + "cat"], columns[stream + "num"] = feature_arrays(table, rows, stream, vocabulary, data)
-    if list_columns(data):
+    if lists:
         past = offsets_of(h_counts), columns["h_item"]
         told = _lists(table, targets, columns["t_visible"], codes, encoded_items, past, vocabulary, data)
         columns["t_num"] = np.column_stack([columns["t_num"], told])
     n_train = np.bincount(h_user[h_time < ends[h_user]], minlength=n_users)
     users = _user_columns(table, first) | {"train_end": ends, "n_train": n_train}
-    return _to_lists(users, columns, h_counts, t_counts, data)
+    widths = {s + k: len(column_names(data, s, k, lists)) for s in ("h_", "t_") for k in ("cat", "num")}
+    return _to_lists(users, columns, h_counts, t_counts, widths)
 
 
 def events_before(h_user: Ints, h_time: Ints, t_user: Ints, t_time: Ints) -> Ints:
@@ -206,8 +216,9 @@ def write_timelines(folder: Folder, bucket: int, timelines: pa.Table) -> None:
                          compression="lz4", use_dictionary=False, column_encoding=deltas)  # fmt: skip
 
 
-def _to_lists(users: dict[str, Any], columns: dict[str, Array], h_counts: Ints, t_counts: Ints, data: Data) -> pa.Table:
-    widths = {s + k: len(column_names(data, s, k)) for s in ("h_", "t_") for k in ("cat", "num")}
+def _to_lists(
+    users: dict[str, Any], columns: dict[str, Array], h_counts: Ints, t_counts: Ints, widths: dict[str, int]
+) -> pa.Table:
     schema = timeline_schema(widths)
     arrays = []
     for field in schema:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from hpgr.config import Data
-from hpgr.data.lists import list_columns, list_features
+from hpgr.data.lists import list_features
 from hpgr.data.preparation import Execute, Prepared
 from hpgr.data.timelines import compared_values, features_of
 from hpgr.data.vocabulary import MISSING
@@ -81,10 +81,12 @@ def with_known_features(
     items: ItemFeatures | None,
     data: Data,
     given: Iterable[str],
+    lists: bool,
     listed: Ints | None = None,
 ) -> Pairs:
     """The pairs with their users' and items' known features in place of those not `given`, and with what their lists
-    tell. `listed` numbers each pair's list, -1 for none: [P]; None where none is shown in a list."""
+    tell, if the run's log tells of `lists`. `listed` numbers each pair's list, -1 for none: [P]; None where none is
+    shown in a list."""
     last = np.maximum(timelines.h_offsets[pairs.row] + pairs.visible - 1, 0)
     out: dict[str, Any] = {}
     for kind, missing in KINDS:
@@ -100,7 +102,7 @@ def with_known_features(
             elif feature.role == "item" and items is not None:
                 values[:, place] = getattr(items, kind)[pairs.item, shown.index(feature.name)]
         out[kind] = values
-    if list_columns(data):
+    if lists:
         listed = np.full(len(pairs), -1) if listed is None else listed
         own = timelines.h_offsets, timelines.h_item, pairs.row, pairs.item, pairs.visible, listed
         out["num"] = np.column_stack([out["num"], list_features(*own, compared_values(out["num"], data))])

@@ -17,7 +17,7 @@ from hpgr.artifacts import Folder
 from hpgr.config import Config, Data
 from hpgr.data.batches import Assembler
 from hpgr.data.candidates import REQUEST_PREFIX, Layout, dealt_rows, distinct, empty_candidates, validate_candidates
-from hpgr.data.lists import number_lists
+from hpgr.data.lists import number_lists, told_by
 from hpgr.data.ordering import rank_users, run_starts
 from hpgr.data.preparation import Prepared
 from hpgr.data.sources import Fragment, read
@@ -185,7 +185,8 @@ class Shards:
         """Encoded candidates; `listed` as of `list_features`, None where none is shown in a list."""
         data, given = self.config.data, self.request.layout.features if self.request.layout else ()
         pairs = Pairs(row, item, time, _visible(timelines, row, time), cat, num)
-        return with_known_features(pairs, timelines, self.items, data, given, listed)
+        lists = bool(told_by(self.users.manifest["features"]))
+        return with_known_features(pairs, timelines, self.items, data, given, lists, listed)
 
     def _item_names(self, item: Ints) -> pa.Array:
         """Ids of item indices; null for an unknown item, of which only a hash is kept."""

@@ -185,22 +185,24 @@ def test_scores_do_not_depend_on_companions(finished: Finished, timelines: pa.Ta
 
 
 def test_a_feed_whose_rows_come_seconds_apart_is_scored_as_evaluated(tmp_path: Path) -> None:
-    """A request's rows see what its first one does, and are compared with those of their own second alone."""
+    """A request's rows see what its first one does, with a label or without, and are compared with none."""
     log = raw_log(finished_run(tmp_path / "source").run)
-    later = pc.divide(pc.fill_null(log["slot"], 0), 2)
-    feed = log.set_column(log.column_names.index("timestamp"), "timestamp", pc.add(log["timestamp"], later))
+    slot = pc.fill_null(log["slot"], 0)
+    feed = log.set_column(log.column_names.index("timestamp"), "timestamp", pc.add(log["timestamp"], slot))
+    unseen = pc.if_else(pc.equal(slot, 0), pa.scalar(None, log["clicked"].type), log["clicked"])
+    feed = feed.set_column(log.column_names.index("clicked"), "clicked", unseen)
     path = write(tmp_path / "feed.parquet", feed)
     finished = finished_run(tmp_path / "feed", data={"path": path, "impressions": [[{"column": "slot", "op": ">=",
                                                                                      "value": 0}]]})  # fmt: skip
-    sizes = Timelines.from_table(finished.run.prepared.timelines(0)).t_num[:, 1]
-    assert set(sizes.tolist()) == {2.0}, "of lists of four, two at a time"
-    test = finished.run.prepared.manifest["cut_offs"]["test"]
-    asked = write(tmp_path / "pairs.parquet", impressions(finished.run, since=test - 9 * SECOND))
-    _, ours = batch(finished, tmp_path / "out", candidates=asked)
+    assert finished.run.sizes().t_num == ("place",)
+    shown = feed.filter(pc.is_valid(log["slot"])).drop_columns(["clicked", "event"])
+    _, ours = batch(finished, tmp_path / "out", candidates=write(tmp_path / "pairs.parquet", shown))
     theirs = evaluated(finished)
-    ours = ours.filter(pc.greater_equal(ours["time"].cast(pa.int64()), test))
     moments = theirs["time"].cast(pa.timestamp("us", "UTC"))
-    assert_same(ours, theirs.set_column(theirs.column_names.index("time"), "time", moments))
+    theirs = theirs.set_column(theirs.column_names.index("time"), "time", moments)
+    rows = set(zip(*(theirs[name].to_pylist() for name in ("user", "time", "item")), strict=True))
+    tested = [key in rows for key in zip(*(ours[name].to_pylist() for name in ("user", "time", "item")), strict=True)]
+    assert_same(ours.filter(pa.array(tested)), theirs)
 
 
 # Explanations

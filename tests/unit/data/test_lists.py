@@ -10,11 +10,11 @@ import pytest
 from helpers_log import item_names, users
 from helpers_model import LOG, tiny
 
-from hpgr.data.lists import last_engaged, list_columns, list_features
+from hpgr.data.lists import last_engaged, list_columns, list_features, told_by
 from hpgr.data.preparation import Prepared
 from hpgr.data.timelines import column_names
 from hpgr.errors import ConfigError
-from hpgr.schema import Array, Floats, Ints, offsets_of
+from hpgr.schema import SECOND, Array, Floats, Ints, offsets_of
 
 Make = Callable[..., Any]
 USERS, ITEMS, LISTS = 4, 9, 12
@@ -114,8 +114,9 @@ def test_a_log_names_its_lists_numbers() -> None:
     listed = tiny(data=LOG).data
     names = ["list:size", "list:engaged", "list:place:mean", "list:place:preferred"]
     assert list_columns(listed) == names
-    assert column_names(listed, "t_", "num") == ["place", *names]
-    assert column_names(listed, "t_", "cat") == ["slot", "device"]
+    assert column_names(listed, "t_", "num", names) == ["place", *names]
+    assert column_names(listed, "t_", "cat", names) == ["slot", "device"]
+    assert told_by({"t_num": ["place", *names]}) == names
     alone = tiny(data=LOG | {"columns": LOG["columns"] | {"request": None}}).data
     assert list_columns(alone) == []
 
@@ -135,7 +136,7 @@ def numbers(prepared: Prepared, name: str, user: str = "a") -> dict[str, float]:
     row = users(prepared)[user]
     column = np.array(row["t_num"], np.float32).reshape(-1, width)[:, place].tolist()
     every = zip(row["t_time"], item_names(prepared, row["t_item"]), column, strict=True)
-    out = {item: number for time, item, number in every if time == row["t_time"][-1]}
+    out = {item: number for time, item, number in every if time == max(row["t_time"])}
     assert "?" not in out
     return out
 
@@ -169,8 +170,33 @@ def test_a_list_is_what_was_shown_not_what_has_a_label(prepare_log: Make) -> Non
     assert set(numbers(told, "list:size").values()) == {3}
 
 
+@pytest.mark.parametrize("late", ["clicks", "all but the first"])
+def test_a_log_whose_rows_have_times_of_their_own_compares_no_lists(
+    prepare_log: Make, capsys: pytest.CaptureFixture[str], late: str
+) -> None:
+    """A click logged when it happened would stand alone in its second; what precedes it in a feed would tell it."""
+    rows = pages([(7, f"i{k}", 500, k, int(k == 3)) for k in range(6)])
+    for row in rows:
+        row["timestamp"] += 7 * (row["clicked"] if late == "clicks" else row["place"])
+    prepared = prepare_log(rows, **SETTINGS)
+    assert prepared.manifest["features"]["t_num"] == ["place"]
+    assert {len(r["t_num"]) / len(r["t_item"]) for r in users(prepared).values()} == {1.0}
+    assert "100.0% of training's clicks or other impressions come seconds after" in capsys.readouterr().out
+    assert set(users(prepared)["a"]["t_time"]) == {1_600_000_500 * SECOND}, "the list's first row"
+
+
+def test_a_row_without_a_label_begins_its_list(prepare_log: Make) -> None:
+    """What the user did after it was shown is not seen by the rest of the list."""
+    page = [(7, "i0", 500, 0, None), (7, "i1", 505, 1, 0), (7, "i2", 505, 2, 1)]
+    rules = {"impressions": [[{"column": "shown", "value": 1}]], "history": [[{"column": "clicked", "value": 1}]]}
+    prepared = prepare_log(pages([(1, "i2", 300, 0, 1), (2, "i1", 502, 0, 1), *page]), **SETTINGS, **rules)
+    row = users(prepared)["a"]
+    assert row["t_time"] == [1_600_000_000 * SECOND + s * SECOND for s in (300, 500, 500, 502)]
+    assert row["t_visible"] == [0, 1, 1, 1]
+
+
 def test_rows_shown_later_tell_nothing(prepare_log: Make) -> None:
-    """A feed of one request, a pair of rows every 5 seconds, ends with the click."""
+    """A feed of one request, a pair of rows every 5 seconds, ends with the click, in a log that has few of them."""
     feed = [(7, f"i{k}", 500 + 5 * (k // 2), k, int(k == 5)) for k in range(6)]
     prepared = prepare_log(pages(feed), **SETTINGS)
     assert numbers(prepared, "list:size") == dict.fromkeys([f"i{k}" for k in range(6)], 2)
