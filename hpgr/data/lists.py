@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hpgr.config import Data
+from hpgr.config import Data, Feature
 from hpgr.data.ordering import run_starts
 from hpgr.schema import LIST_PREFIX, Array, Floats, Ints
 
@@ -21,22 +21,17 @@ LATE = 0.001
 SIZE, ENGAGED = LIST_PREFIX + "size", LIST_PREFIX + "engaged"
 
 
-def compared_features(data: Data) -> list[str]:
+def compared_features(data: Data) -> list[Feature]:
     """Numeric features that may differ among the candidates of a list."""
-    return [f.name for f in data.features if f.kind == "numeric" and f.role in ("item", "candidate")]
+    return [f for f in data.features if f.kind == "numeric" and f.role in ("item", "candidate")]
 
 
 def list_columns(data: Data) -> list[str]:
     """Names of the numbers that `list_features` gives; none where the log does not name lists."""
     if not data.columns.request:
         return []
-    names = compared_features(data)
+    names = [f.name for f in compared_features(data)]
     return [SIZE, ENGAGED, *(f"{LIST_PREFIX}{name}:{to}" for to in ("mean", "preferred") for name in names)]
-
-
-def told_by(features: dict[str, list[str]]) -> list[str]:
-    """Names of these numbers among the features of a prepared log's manifest."""
-    return [name for name in features["t_num"] if name.startswith(LIST_PREFIX)]
 
 
 def list_features(h_offsets: Ints, h_item: Array, row: Ints, item: Array, visible: Array, listed: Ints,

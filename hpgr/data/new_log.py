@@ -17,7 +17,6 @@ import numpy as np
 from hpgr.artifacts import FORMAT, Folder, absolute, fingerprint
 from hpgr.config import Data
 from hpgr.data import split as splits
-from hpgr.data.lists import told_by
 from hpgr.data.preparation import SPLIT_NAMES, Execute, Job, Prepared, bucket_count, ordered_rows, sole, versions
 from hpgr.data.sources import find_files, fragments, inputs_fingerprint
 from hpgr.data.timelines import encode, training_rows, write_timelines
@@ -56,7 +55,7 @@ def prepare_new(
         account, _ = job.order(pieces, hours=False)
         folder.write_parquet("vocabulary.parquet", known.vocabulary().items)
         folder.write_json("vocabulary.json", known.vocabulary().to_tables())
-        encoding = partial(_encode, data=data, folder=folder, lists=told_by(known.manifest["features"]))
+        encoding = partial(_encode, data=data, folder=folder, lists=known.lists)
         parts = list(execute("encode", encoding, range(job.buckets)))
         manifest = {
             "format": FORMAT,

@@ -40,7 +40,7 @@ from hpgr.data.validation import empty_rows, needed_columns, validate
 from hpgr.data.vocabulary import Vocabulary, count, merge
 from hpgr.errors import ArtifactError, ConfigError, DataError, StoreError
 from hpgr.locks import held
-from hpgr.schema import ITEM, SECOND, TRAIN, USER, Array, Ints, Timelines, offsets_of
+from hpgr.schema import ITEM, LIST_PREFIX, SECOND, TRAIN, USER, Array, Ints, Timelines, offsets_of
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -68,6 +68,11 @@ class Prepared:
     @property
     def buckets(self) -> int:
         return int(self.manifest["buckets"])
+
+    @property
+    def lists(self) -> list[str]:
+        """Names of the numbers that lists tell of its candidates; none where lists are not compared."""
+        return [name for name in self.manifest["features"]["t_num"] if name.startswith(LIST_PREFIX)]
 
     def vocabulary(self) -> Vocabulary:
         return Vocabulary.from_tables(

@@ -41,16 +41,14 @@ class CutOffs:
 def targets_of(table: pa.Table) -> Targets:
     """Impressions of an ordered bucket."""
     target = table.column(IS_TARGET).to_numpy(zero_copy_only=False)
-    shown = table.column(IS_SHOWN).to_numpy(zero_copy_only=False) if IS_SHOWN in table.column_names else target
-    row = np.flatnonzero(target | shown)
+    listed = REQUEST in table.column_names
+    shown = target | table.column(IS_SHOWN).to_numpy(zero_copy_only=False) if listed else target
+    row = np.flatnonzero(shown)
     user = user_codes(table)[row] if len(row) else np.zeros(0, np.int64)
     time = table.column(TIME).to_numpy()[row]
-    request = np.zeros(len(row), np.int64)
-    if REQUEST in table.column_names:
-        request = table.column(REQUEST).to_numpy()[row]
-    if not request.any():  # the bucket's own order is already theirs
-        own = target[row]
-        return Targets(row[own], user[own], time[own], request[own])
+    if not listed:  # the bucket's own order is already theirs
+        return Targets(row, user, time, np.zeros(len(row), np.int64))
+    request = table.column(REQUEST).to_numpy()[row]
     alone = request == 0
     group = np.where(alone, row, request)
     by_list = np.lexsort((time, group, alone, user))

@@ -164,20 +164,17 @@ def _user_columns(table: pa.Table, first: Ints) -> dict[str, Any]:
 def feature_arrays(table: pa.Table, rows: Ints, stream: str, vocabulary: Vocabulary, data: Data) -> tuple[Array, Array]:
     """Encoded features that a stream (`h_` or `t_`) shows of some rows: indices [rows, F] and numbers [rows, G]."""
 
-    def column(feature: Feature) -> pa.Array:
-        return table.column(FEATURE_PREFIX + feature.name).combine_chunks()
+    names = [FEATURE_PREFIX + f.name for f in features_of(data.features, stream, "cat")]
+    cat = [vocabulary.category_indices(name, table.column(name).combine_chunks()) for name in names]
+    indices = np.stack([c[rows] for c in cat], 1) if cat else np.zeros((len(rows), 0), np.int32)
+    return indices, _numbers(table, rows, features_of(data.features, stream, "num"), vocabulary)
 
-    cat = [
-        vocabulary.category_indices(FEATURE_PREFIX + f.name, column(f))
-        for f in features_of(data.features, stream, "cat")
-    ]
-    num = [
-        vocabulary.standardise(FEATURE_PREFIX + f.name, column(f)) for f in features_of(data.features, stream, "num")
-    ]
-    return (
-        np.stack([c[rows] for c in cat], 1) if cat else np.zeros((len(rows), 0), np.int32),
-        np.stack([c[rows] for c in num], 1) if num else np.zeros((len(rows), 0), np.float32),
-    )
+
+def _numbers(table: pa.Table, rows: Ints, features: Sequence[Feature], vocabulary: Vocabulary) -> Array:
+    """Standardised numeric features of some rows: [rows, G]."""
+    names = [FEATURE_PREFIX + f.name for f in features]
+    columns = [vocabulary.standardise(name, table.column(name).combine_chunks())[rows] for name in names]
+    return np.stack(columns, 1) if columns else np.zeros((len(rows), 0), np.float32)
 
 
 def _lists(
@@ -196,17 +193,11 @@ def _lists(
     place = np.searchsorted(shown, targets.row[some])
     seen = np.zeros(len(shown), np.int64)
     seen[listed[place]] = visible[some]  # alike for all of a request
-    values = compared_values(feature_arrays(table, shown, "t_", vocabulary, data)[1], data)
+    values = _numbers(table, shown, compared_features(data), vocabulary)
     told = list_features(*history, users[shown], items[shown], seen[listed], listed, values)
     out = np.full((len(targets.row), told.shape[1]), np.nan, np.float32)
     out[some] = told[place]
     return out
-
-
-def compared_values(num: Array, data: Data) -> Array:
-    """Of candidates' numeric features [I, G] those that lists compare."""
-    names = [f.name for f in features_of(data.features, "t_", "num")]
-    return num[:, [names.index(name) for name in compared_features(data)]]
 
 
 def write_timelines(folder: Folder, bucket: int, timelines: pa.Table) -> None:

@@ -207,7 +207,8 @@ class TokenClick(ClickModel):
         model = config.model
         self.events = EventEncoder(model, sizes)
         self.match = MatchFeatures(model.width, model.time_buckets, sizes.actions) if model.match_features else None
-        self.lists = ListFeatures(sizes.t_num, model.width) if model.with_lists and sizes.listed else None
+        own, every = len(sizes.t_own), len(sizes.t_num)
+        self.lists = ListFeatures(own, every - own, model.width) if model.with_lists and every > own else None
         vectors = model.width if model.by_vectors else 0
         self.asvd = AsymmetricSvd(model.asvd, sizes, vectors) if model.with_asvd and sizes.graded else None
         self.head = click_head(model.width, sizes.base_rate)

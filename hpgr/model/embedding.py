@@ -41,9 +41,9 @@ class Sizes:
     train_actions: tuple[tuple[int, ...], ...]
 
     @property
-    def listed(self) -> bool:
-        """Whether the log says what was shown together."""
-        return any(name.startswith(LIST_PREFIX) for name in self.t_num)
+    def t_own(self) -> tuple[str, ...]:
+        """Candidates' numbers without those of their lists, which come last."""
+        return tuple(name for name in self.t_num if not name.startswith(LIST_PREFIX))
 
     @property
     def graded(self) -> bool:
@@ -78,7 +78,7 @@ class Features(nn.Module):
         self.tables = nn.ModuleDict(
             {_key(n): nn.Embedding(s, width) for n, s in sizes.categories.items() if n in shown}
         )
-        numeric = [n for n in dict.fromkeys([*sizes.h_num, *sizes.t_num]) if not n.startswith(LIST_PREFIX)]
+        numeric = dict.fromkeys([*sizes.h_num, *sizes.t_own])
         self.slopes = nn.ParameterDict({_key(n): nn.Parameter(torch.randn(width) * 0.02) for n in numeric})
         self.missing = nn.ParameterDict({_key(n): nn.Parameter(torch.zeros(width)) for n in numeric})
 
@@ -90,8 +90,6 @@ class Features(nn.Module):
         for i, name in enumerate(cat_names):
             out = out + self.tables[_key(name)](cat[..., i])
         for i, name in enumerate(num_names):
-            if name.startswith(LIST_PREFIX):
-                continue  # of lists only the models that have `ListFeatures` know
             gone = num[..., i, None].isnan()
             out = out + torch.where(
                 gone, self.missing[_key(name)], num[..., i, None].nan_to_num() * self.slopes[_key(name)]
@@ -136,7 +134,7 @@ class EventEncoder(nn.Module):
     def candidates(self, x: Inputs, noise: Noise | None, match: Tensor | float) -> Tensor:
         """Candidate tokens, never with action or label: [B, M, D]. `match` is added as it is."""
         token = self.item(x.c_item) + self._gap(x.c_time, x, x.c_visible) + match
-        token = token + self.features(x.c_cat, x.c_num, self.sizes.t_cat, self.sizes.t_num)
+        token = token + self.features(x.c_cat, x.c_num, self.sizes.t_cat, self.sizes.t_own)
         return self.dropout(self.norm(token), noise, stream=1)
 
     def _gap(self, time: Tensor, x: Inputs, visible: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpgr.model.noise import Dropout, Noise
-from hpgr.schema import LIST_PREFIX
 
 FINEST, PER_DOUBLING, LARGEST = 32.0, 2.0, 24
 """Differences are told apart from about 1 / FINEST standard deviations on, by PER_DOUBLING buckets for each doubling,
@@ -27,12 +26,11 @@ class ListFeatures(nn.Module):
     next, those above it were passed over. Training hides them now and then: scores are asked for without lists, too.
     """
 
-    def __init__(self, numeric: tuple[str, ...], width: int) -> None:
-        """`numeric` names the columns of candidates' numbers; those of lists begin with LIST_PREFIX and come last."""
+    def __init__(self, first: int, columns: int, width: int) -> None:
+        """Numbers of lists are the `columns` of candidates' numbers from the `first` on."""
         super().__init__()
-        self.columns = sum(name.startswith(LIST_PREFIX) for name in numeric)
-        self.first = len(numeric) - self.columns
-        self.table = nn.Parameter(torch.zeros(self.columns * BUCKETS, width))
+        self.first, self.columns = first, columns
+        self.table = nn.Parameter(torch.zeros(columns * BUCKETS, width))
         self.hiding = Dropout(UNLISTED)
 
     def forward(self, num: Tensor, noise: Noise | None) -> Tensor:

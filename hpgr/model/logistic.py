@@ -51,7 +51,7 @@ class LogisticClick(ClickModel):
         """As in `ClickModel`; it has no attention shares to show."""
         assert shares is None, "attention shares are shown for hstu and hpgr"
         logit = self.popular(self.popularity[x.c_item]) + self._gap(x)
-        logit = logit + self.features(x.c_cat, x.c_num, self.sizes.t_cat, self.sizes.t_num)
+        logit = logit + self.features(x.c_cat, x.c_num, self.sizes.t_cat, self.sizes.t_own)
         if self.match is not None:
             logit = logit + self.match(x.c_time, visible_matches(x))
         return logit[..., 0].float()

@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 
 from hpgr.config import Data
-from hpgr.data.lists import list_features
+from hpgr.data.lists import compared_features, list_features
 from hpgr.data.preparation import Execute, Prepared
-from hpgr.data.timelines import compared_values, features_of
+from hpgr.data.timelines import features_of
 from hpgr.data.vocabulary import MISSING
 from hpgr.schema import Array, Ints, Timelines
 from hpgr.scoring.pairs import Pairs
@@ -104,6 +104,8 @@ def with_known_features(
         out[kind] = values
     if lists:
         listed = np.full(len(pairs), -1) if listed is None else listed
+        every = features_of(data.features, "t_", "num")
+        values = out["num"][:, [every.index(f) for f in compared_features(data)]]
         own = timelines.h_offsets, timelines.h_item, pairs.row, pairs.item, pairs.visible, listed
-        out["num"] = np.column_stack([out["num"], list_features(*own, compared_values(out["num"], data))])
+        out["num"] = np.column_stack([out["num"], list_features(*own, values)])
     return replace(pairs, **out)

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from hpgr.data.batches import Assembler
-from hpgr.data.lists import told_by
 from hpgr.data.preparation import Execute
 from hpgr.data.timelines import features_of
 from hpgr.data.vocabulary import MISSING
@@ -65,8 +64,7 @@ def _bucket(
     widths = [len(features_of(config.data.features, "t_", kind)) for kind in ("cat", "num")]
     cat, num = np.full((len(user), widths[0]), MISSING), np.full((len(user), widths[1]), np.nan, np.float32)
     pairs = Pairs(row[user], items.ravel()[place], t.h_time[truth][user], seen[user], cat, num)
-    lists = bool(told_by(finished.run.prepared.manifest["features"]))
-    pairs = with_known_features(pairs, t, items_known, config.data, (), lists)
+    pairs = with_known_features(pairs, t, items_known, config.data, (), bool(finished.run.prepared.lists))
     scores = np.full(items.shape, -np.inf, np.float32)
     scorer = Scorer(finished.click_model(device), config.stream, device)
     scores.ravel()[place] = scorer.score(assembler, pairs)

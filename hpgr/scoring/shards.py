@@ -17,7 +17,7 @@ from hpgr.artifacts import Folder
 from hpgr.config import Config, Data
 from hpgr.data.batches import Assembler
 from hpgr.data.candidates import REQUEST_PREFIX, Layout, dealt_rows, distinct, empty_candidates, validate_candidates
-from hpgr.data.lists import number_lists, told_by
+from hpgr.data.lists import number_lists
 from hpgr.data.ordering import rank_users, run_starts
 from hpgr.data.preparation import Prepared
 from hpgr.data.sources import Fragment, read
@@ -122,14 +122,14 @@ class Shards:
         rows, user, duplicates = distinct(rows, rank_users(rows.column(USER).combine_chunks()))
         found = pc.index_in(rows.column(USER), value_set=timelines.user.slice(0, len(timelines) - 1))
         row = pc.fill_null(found, len(timelines) - 1).to_numpy().astype(np.int64)
-        group = run_starts(user, rows.column(REQUEST).to_numpy())
+        asked = rows.column(REQUEST).to_numpy()
+        group = run_starts(user, asked)
         own = pc.fill_null(rows.column(TIME), request.options.at).to_numpy().astype(np.int64)
-        time = _list_times(rows, group, own)
+        time = _list_times(asked, group, own)
         encoded = self._encoded(rows)
         names = {"user": rows.column(USER), "item": rows.column(ITEM)}
         names |= {"time": pa.array(time, pa.timestamp("us", "UTC"))} if layout.time else {}
         names |= {name: rows.column(REQUEST_PREFIX + name) for name in layout.request}
-        asked = rows.column(REQUEST).to_numpy()
         listed = np.where(asked != 0, number_lists(user, asked, own // SECOND), -1)
         return Wanted(pa.table(names), self._pairs(timelines, row, time, *encoded, listed), group, duplicates)
 
@@ -185,8 +185,7 @@ class Shards:
         """Encoded candidates; `listed` as of `list_features`, None where none is shown in a list."""
         data, given = self.config.data, self.request.layout.features if self.request.layout else ()
         pairs = Pairs(row, item, time, _visible(timelines, row, time), cat, num)
-        lists = bool(told_by(self.users.manifest["features"]))
-        return with_known_features(pairs, timelines, self.items, data, given, lists, listed)
+        return with_known_features(pairs, timelines, self.items, data, given, bool(self.users.lists), listed)
 
     def _item_names(self, item: Ints) -> pa.Array:
         """Ids of item indices; null for an unknown item, of which only a hash is kept."""
@@ -242,13 +241,13 @@ def read_list(
     return distinct(rows, np.zeros(rows.num_rows, np.int64))[0], bad
 
 
-def _list_times(rows: pa.Table, group: Ints, time: Ints) -> Ints:
+def _list_times(request: Ints, group: Ints, time: Ints) -> Ints:
     """Moment of each candidate: its own `time`; of a request, its earliest row's, as in preparation."""
     first = np.flatnonzero(group == np.arange(len(group)))
     if not len(first):
         return time
     earliest = np.repeat(np.minimum.reduceat(time, first), np.diff(np.append(first, len(group))))
-    return np.where(rows.column(REQUEST).to_numpy() != 0, earliest, time)
+    return np.where(request != 0, earliest, time)
 
 
 def _visible(timelines: Timelines, row: Ints, time: Ints) -> Ints:

@@ -10,7 +10,7 @@ import pytest
 from helpers_log import item_names, users
 from helpers_model import LOG, tiny
 
-from hpgr.data.lists import last_engaged, list_columns, list_features, told_by
+from hpgr.data.lists import last_engaged, list_columns, list_features
 from hpgr.data.preparation import Prepared
 from hpgr.data.timelines import column_names
 from hpgr.errors import ConfigError
@@ -116,7 +116,6 @@ def test_a_log_names_its_lists_numbers() -> None:
     assert list_columns(listed) == names
     assert column_names(listed, "t_", "num", names) == ["place", *names]
     assert column_names(listed, "t_", "cat", names) == ["slot", "device"]
-    assert told_by({"t_num": ["place", *names]}) == names
     alone = tiny(data=LOG | {"columns": LOG["columns"] | {"request": None}}).data
     assert list_columns(alone) == []
 
@@ -183,6 +182,17 @@ def test_a_log_whose_rows_have_times_of_their_own_compares_no_lists(
     assert {len(r["t_num"]) / len(r["t_item"]) for r in users(prepared).values()} == {1.0}
     assert "100.0% of training's clicks or other impressions come seconds after" in capsys.readouterr().out
     assert set(users(prepared)["a"]["t_time"]) == {1_600_000_500 * SECOND}, "the list's first row"
+
+
+def test_a_few_late_rows_leave_lists_as_they_are(prepare_log: Make) -> None:
+    """Of 1,600 training impressions without a click one may come later than its list, two may not."""
+    for late in (1, 2):
+        rows = [{"user_id": f"u{u}", "page": u, "item_id": f"i{k}", "timestamp": 1_600_000_000 + u, "place": k,
+                 "clicked": int(k == 0)} for u in range(1334) for k in range(3)]  # fmt: skip
+        for row in rows[1 : 3 * late : 3]:
+            row["timestamp"] += 5
+        prepared = prepare_log(rows, name=f"late-{late}", **SETTINGS)
+        assert prepared.lists == ([] if late > 1 else list_columns(LISTED))
 
 
 def test_a_row_without_a_label_begins_its_list(prepare_log: Make) -> None:

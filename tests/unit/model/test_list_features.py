@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers_model import SIZES, inputs, random_batch, shaken, tiny
 
 from hpgr.model.inputs import Inputs
 from hpgr.model.lists import BUCKETS, LARGEST, ListFeatures, difference_bucket
+from hpgr.model.noise import Noise
 from hpgr.model.registry import click_model
 
 COLUMNS = ("price", "list:size", "list:engaged", "list:price:mean", "list:price:preferred")
@@ -37,7 +39,7 @@ def test_buckets_tell_sign_and_size() -> None:
 
 
 def test_they_equal_the_loop() -> None:
-    made, x = ListFeatures(COLUMNS, 8), listed_inputs()
+    made, x = ListFeatures(1, 4, 8), listed_inputs()
     torch.nn.init.normal_(made.table)
     got = made(x.c_num, None)
     for b in range(3):
@@ -47,12 +49,26 @@ def test_they_equal_the_loop() -> None:
 
 
 def test_they_start_at_nothing_and_learn() -> None:
-    made = ListFeatures(COLUMNS, 8)
+    made = ListFeatures(1, 4, 8)
     out = made(listed_inputs().c_num, None)
     assert not out.any()
     out.sum().backward()
     assert made.table.grad is not None
     assert made.table.grad.any()
+
+
+def test_training_shows_some_candidates_as_if_of_no_list() -> None:
+    """About UNLISTED of them, each by its row and place alone; others as they are, and all of them without noise."""
+    made = ListFeatures(0, 4, 8)
+    torch.nn.init.normal_(made.table)
+    num, key = torch.randn(20, 100, 4, generator=torch.Generator().manual_seed(0)), np.arange(20)
+    shown, none = made(num, None), made(torch.full_like(num, torch.nan), None)
+    trained = made(num, Noise(5, key, 400))
+    hidden = (trained == none).all(-1)
+    assert 0.07 < hidden.float().mean() < 0.13
+    assert torch.equal(trained[~hidden], shown[~hidden])
+    assert torch.equal(made(num[3:], Noise(5, key[3:], 400)), trained[3:])
+    assert torch.equal(made.eval()(num, Noise(5, key, 400)), shown)
 
 
 @pytest.mark.parametrize(
