@@ -404,8 +404,17 @@ def _read_ipc(folder: Folder, name: str) -> pa.Table:
     return ipc.open_stream(folder.read(name)).read_all()
 
 
+def _write_ipc(folder: Folder, name: str, table: pa.Table) -> None:
+    with ipc_writer(folder, name, table.schema) as writer:
+        writer.write_table(table)
+
+
 def _sorted(bucket: int) -> str:
     return f"staging/sorted/{bucket:05d}.arrow"
+
+
+def _counts(bucket: int) -> str:
+    return f"staging/counts/{bucket:05d}.arrow"
 
 
 def ordered_rows(bucket: int, folder: Folder) -> pa.Table:
@@ -419,15 +428,14 @@ def sort(bucket: int, data: Data, folder: Folder, hours: bool) -> dict[str, Any]
     parts = [_read_ipc(folder, f"{raw}/{name}") for name in folder.entries(raw)]
     rows = pa.concat_tables([empty_rows(data), *parts]).unify_dictionaries().combine_chunks()
     table, duplicates = order_rows(rows)
-    with ipc_writer(folder, _sorted(bucket), table.schema) as writer:
-        writer.write_table(table)
-    histogram = splits.histogram(splits.targets_of(table).time, splits.HOUR) if hours else {}
+    _write_ipc(folder, _sorted(bucket), table)
+    histogram = splits.histogram(splits.target_times(table), splits.HOUR) if hours else {}
     return {"rows": table.num_rows, "duplicates": duplicates, "hours": histogram}
 
 
 def refine(bucket: int, folder: Folder, hours: tuple[int, ...]) -> list[dict[int, int]]:
     """Impressions a second inside each of the given hours."""
-    time = splits.targets_of(_read_ipc(folder, _sorted(bucket))).time
+    time = splits.target_times(_read_ipc(folder, _sorted(bucket)))
     inside = [time[time // splits.HOUR == hour] for hour in hours]
     return [splits.histogram(t, SECOND) for t in inside]
 
@@ -436,13 +444,13 @@ def count_bucket(bucket: int, data: Data, folder: Folder, cuts: splits.CutOffs |
     """Count a bucket's training values into staging/counts; returns its split account."""
     table = ordered_rows(bucket, folder)
     training, account = training_rows(table, data, cuts)
-    folder.write_parquet(f"staging/counts/{bucket:05d}.parquet", count(table, training, data))
+    _write_ipc(folder, _counts(bucket), count(table, training, data))
     return account
 
 
 def merge_counts(buckets: int, data: Data, folder: Folder) -> dict[str, Any]:
     """Build and write the vocabulary from all buckets' counts; returns its sizes."""
-    counts = merge(folder.read_parquet(f"staging/counts/{b:05d}.parquet") for b in range(buckets))
+    counts = merge(_read_ipc(folder, _counts(b)) for b in range(buckets))
     vocabulary = Vocabulary.from_counts(counts, data.vocabulary, data.features)
     if not vocabulary.items.num_rows:
         raise DataError(

@@ -38,6 +38,13 @@ class CutOffs:
     test: int
 
 
+def target_times(table: pa.Table) -> Ints:
+    """Times of an ordered bucket's impressions, as of `targets_of`: [I]."""
+    if REQUEST in table.column_names:
+        return targets_of(table).time
+    return np.asarray(table.column(TIME).to_numpy()[table.column(IS_TARGET).to_numpy(zero_copy_only=False)])
+
+
 def targets_of(table: pa.Table) -> Targets:
     """Impressions of an ordered bucket."""
     target = table.column(IS_TARGET).to_numpy(zero_copy_only=False)

@@ -203,8 +203,8 @@ def _lists(
 def write_timelines(folder: Folder, bucket: int, timelines: pa.Table) -> None:
     """One file a bucket. Dictionaries of numbers are slow to make; lz4 of differences is as small as zstd of values."""
     deltas = {f"{name}.list.element": "DELTA_BINARY_PACKED" for name in ("h_item", "h_time", "t_item", "t_time")}
-    folder.write_parquet(f"timelines/bucket-{bucket:05d}.parquet", timelines,
-                         compression="lz4", use_dictionary=False, column_encoding=deltas)  # fmt: skip
+    folder.write_parquet(f"timelines/bucket-{bucket:05d}.parquet", timelines, compression="lz4",
+                         use_dictionary=False, write_statistics=False, column_encoding=deltas)  # fmt: skip
 
 
 def _to_lists(

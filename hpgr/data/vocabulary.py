@@ -46,7 +46,7 @@ def count(table: pa.Table, training: npt.NDArray[np.bool_], data: Data) -> pa.Ta
     are for numeric features.
     """
     rows = table.filter(pa.array(training))
-    parts = [_count_items(rows), _count_values("action", actions(rows))]
+    parts = [_count_items(rows), _count_words("action", actions(rows))]
     for feature in data.features:
         column = rows.column(FEATURE_PREFIX + feature.name)
         if feature.kind == "categorical":
@@ -75,6 +75,12 @@ def _count_items(rows: pa.Table) -> pa.Table:
             for name, rows_of in zip(OF_ITEMS, (target, clicked, history), strict=True)}  # fmt: skip
     there = np.flatnonzero(every)
     return _frame(ITEM_FIELD, words.take(pa.array(there)), every[there], **{k: v[there] for k, v in sums.items()})
+
+
+def _count_words(field: str, values: pa.DictionaryArray) -> pa.Table:
+    counts = np.bincount(values.indices.to_numpy(), minlength=len(values.dictionary))
+    there = np.flatnonzero(counts)
+    return _frame(field, values.dictionary.take(pa.array(there)), counts[there])
 
 
 def _count_values(field: str, values: Any) -> pa.Table:
