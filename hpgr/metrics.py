@@ -228,13 +228,6 @@ def _reciprocal_ranks(ties: _Ties) -> Reals:
     return out
 
 
-def auc_error(area: float, positives: int, negatives: int) -> float:
-    """Standard error of an AUC after Hanley and McNeil, Radiology 143 (1982), equations 1 and 2."""
-    q1, q2 = area / (2 - area), 2 * area * area / (1 + area)
-    spread = (positives - 1) * (q1 - area * area) + (negatives - 1) * (q2 - area * area)
-    return float(np.sqrt(max(area * (1 - area) + spread, 0.0) / (positives * negatives)))
-
-
 def roc_points(score: Array, label: Array, most: int = 400) -> tuple[Reals, Reals] | None:
     """False and true positive rates, each [at most `most`] from 0 to 1; None without both classes."""
     clicked = np.asarray(label).astype(bool)
@@ -261,11 +254,6 @@ class Bin:
     def observed(self) -> float:
         """Share of impressions clicked."""
         return self.positives / self.n
-
-    @property
-    def error(self) -> float | None:
-        """Standard error of the AUC."""
-        return None if self.auc is None else auc_error(self.auc, self.positives, self.n - self.positives)
 
     @property
     def interval(self) -> tuple[float, float]:

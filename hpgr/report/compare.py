@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hpgr.bootstrap import FEWEST_USERS
 from hpgr.report import compare_plots as plots
 from hpgr.report.page import (
     CLICK_METRICS,
@@ -39,6 +40,8 @@ from hpgr.report.page import (
 BOARD = "{:<38}  {:<16}  {:>6}  {:>11}"
 STANDING = "{:<26}AUC {:<17}  {}"
 LOWER_IS_BETTER = ("log_loss",)
+STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Quantiles of Student's t at .975 by degrees of freedom, from 1, of two seeds; more than ten take the last."""
 Running = tuple[str, str, float | None, float]
 """A cell at work: its label, what it does, best validation AUC so far, seconds."""
 
@@ -94,12 +97,14 @@ def between(difference: Json) -> str:
 
 
 def verdict(difference: Json) -> str:
-    """better, worse, or no clear difference: by the interval, which knows users, and by the seeds, whose mean has to be
-    two standard errors from zero."""
+    """better, worse, or no clear difference: by the interval, which knows users, and by the seeds, whose mean must
+    differ from zero by a t-test at 5 %. One seed says nothing of others: then users alone decide."""
     low, high = real(difference.get("low")), real(difference.get("high"))
-    mean, sd = real(difference.get("mean")), real(difference.get("sd"))
-    by_chance = mean is not None and sd is not None and abs(mean) < 2 * sd / math.sqrt(difference["seeds"])
-    if low is None or high is None or low <= 0 <= high or by_chance:
+    mean, sd, seeds = real(difference.get("mean")), real(difference.get("sd")), difference["seeds"]
+    few = difference["users"] < FEWEST_USERS
+    if low is None or high is None or low <= 0 <= high or few or mean is None:
+        return "no clear difference"
+    if sd is not None and abs(mean) < STUDENT[min(seeds - 2, len(STUDENT) - 1)] * sd / math.sqrt(seeds):
         return "no clear difference"
     return "better" if (low > 0) != (difference["metric"] in LOWER_IS_BETTER) else "worse"
 
@@ -108,10 +113,11 @@ def _cards(data: CompareData) -> list[Card]:
     compared, gaps = data.compared, data.differences("auc")
     best = compared[0] if compared else {}
     ahead = sum(verdict(d) == "better" for d in gaps)
+    asked = "alone: one seed" if any(d["seeds"] == 1 for d in gaps) else "and by seeds"
     cells, account = part(data.result, "cells"), data.result
     return [
         Card("Best row", str(best.get("model", NONE)), f"test AUC {spread(part(best, 'test', 'auc'))}"),
-        Card("Clearly ahead", f"{ahead} of {len(gaps)}", "differences to baselines, by users and by seeds"),
+        Card("Clearly ahead", f"{ahead} of {len(gaps)}", f"differences to baselines, by users {asked}"),
         Card("Cells trained", show(cells.get("finished")), f"{show(cells.get('failed'))} failed"),
         Card("Time", duration(account.get("seconds")), f"{duration(account.get('training_seconds'))} of training"),
     ]
@@ -211,8 +217,8 @@ def _section_tuning(data: CompareData) -> Section:
             auc = attempt.get("auc")
             rows.append([m["model"], _settings(attempt["values"]), show(real(auc)), "chosen" if chosen else ""])
     text = (
-        "Every row tried the same settings beside its own, with one seed; validation AUC chose. "
-        "The test split was not read for it."
+        "Every row tried its own settings and the same others, less what makes the row (or values of its own, where "
+        "the matrix gives it such), with one seed; validation AUC chose. The test split was not read for it."
     )
     return Section(key, title, [Text(text), Table("", ["row", "settings", "validation AUC", ""], rows)])
 
@@ -225,21 +231,22 @@ def _section_sensitivity(data: CompareData) -> Section:
     key, title, curves = "sensitivity", "Sensitivity", list(data.result.get("sensitivity", ()))
     drawn, rows = [], []
     for curve in curves:
-        points = [p for p in curve["points"] if p["auc"]["values"]]
+        points = curve["points"]
         own = next((i for i, p in enumerate(points) if p["own"]), None)
+        names, aucs = [setting(p["value"]) for p in points], [p["auc"]["values"] for p in points]
         rows += [
-            [curve["path"], setting(p["value"]), spread(p["auc"]), "as compared" if p["own"] else ""] for p in points
+            [curve["path"], name, spread(p["auc"]) if known else "failed", str(len(known)), "as compared" * p["own"]]
+            for name, known, p in zip(names, aucs, points, strict=True)
         ]
-        if points and own is not None:
-            names = [setting(p["value"]) for p in points]
-            drawn.append(plots.Sensitivity(curve["path"], names, [p["auc"]["values"] for p in points], own))
+        if any(aucs):
+            drawn.append(plots.Sensitivity(curve["path"], names, aucs, own))
     if not drawn:
-        return Section(key, title, [Text("The matrix asks for no curves.")])
+        return Section(key, title, [Text("No curves: the matrix asks for none, or their row could not be trained.")])
     caption = (
         f"Validation AUC of {curves[0]['row']} over one setting, all others as it was compared. Grey: seeds; "
-        "band: one standard deviation. The axis is in steps, not to scale."
+        "band: one standard deviation. The axis is in steps, not to scale; a gap is a value that failed."
     )
-    table = Table("", ["setting", "value", "validation AUC", ""], rows)
+    table = Table("", ["setting", "value", "validation AUC", "seeds", ""], rows)
     return Section(key, title, [Drawing("", plots.sensitivity(drawn), caption), table])
 
 

@@ -27,12 +27,13 @@ class Interval:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Validation AUC over one setting: names of its values [n], AUC by seed of each [n][seeds], the row's own value."""
+    """Validation AUC over one setting: names of its values [n], AUC by seed of each [n][seeds; none if it failed], and
+    which is the row's own value, if one is."""
 
     title: str
     values: Sequence[str]
     aucs: Sequence[Sequence[float]]
-    own: int
+    own: int | None
 
 
 @as_svg
@@ -90,18 +91,20 @@ def sensitivity(curves: Sequence[Sensitivity]) -> Figure:
     figure, axes = panels(len(curves), 2.6)
     for axis, curve in zip(axes, curves, strict=True):
         x = np.arange(len(curve.values))
-        mean = np.array([np.mean(v) for v in curve.aucs])
+        mean = np.array([np.mean(v) if v else np.nan for v in curve.aucs])
         sd = np.array([np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in curve.aucs])
         axis.fill_between(x, mean - sd, mean + sd, color=PALE, alpha=0.7, linewidth=0)
         axis.plot(x, mean, color=BLUE, marker="o", markersize=3.5)
         for place, values in enumerate(curve.aucs):
             axis.scatter(np.full(len(values), place), values, s=9, color=GREY, linewidths=0, zorder=3)
-        axis.scatter([curve.own], [mean[curve.own]], s=52, color=ORANGE, zorder=4, label="as compared")
+        if curve.own is not None:
+            axis.scatter([curve.own], [mean[curve.own]], s=52, color=ORANGE, zorder=4, label="as compared")
         axis.set_xticks(x, curve.values)
         axis.set_title(curve.title)
         axis.set_ylabel("validation AUC")
         axis.margins(x=0.08, y=0.12)
-    axes[0].legend(loc="best")
+    if any(curve.own is not None for curve in curves):
+        axes[0].legend(loc="best")
     return figure
 
 

@@ -19,6 +19,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from hpgr.metrics import Bin, Reals
 
+Interval = tuple[float, float] | None
+"""From and to; None: not known."""
 BLUE, ORANGE, GREY, PALE, INK = "#2563a8", "#d9771e", "#8a94a3", "#dbe6f3", "#27313f"
 WIDTH = 9.6
 """Inches of a figure that spans the page."""
@@ -175,17 +177,19 @@ def _reliability(axis: Any, bins: Sequence[Bin]) -> None:
 
 
 @as_svg
-def auc_by_bin(bins: Sequence[Bin], names: Sequence[str], label: str, overall: float | None) -> Figure:
+def auc_by_bin(
+    bins: Sequence[Bin], names: Sequence[str], label: str, overall: float | None, intervals: Sequence[Interval]
+) -> Figure:
     """AUC of each bin with its 95 % interval above the bins' impressions; a bin of one class shows no AUC."""
     figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
     top, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     known = [i for i, b in enumerate(bins) if b.auc is not None]
-    errors = [1.96 * (bins[i].error or 0.0) for i in known]
     if overall is not None:
         top.axhline(overall, color=GREY, linestyle="--", linewidth=1, label=f"all impressions {overall:.4f}")
     if known:
-        areas = [bins[i].auc for i in known]
-        top.errorbar(known, areas, errors, fmt="o", color=BLUE, capsize=3, elinewidth=1.2, label="AUC, 95 %")
+        top.scatter(known, [bins[i].auc for i in known], s=36, color=BLUE, zorder=3, label="AUC, 95 %")
+        for i in known:
+            top.plot([i, i], intervals[i] or (np.nan, np.nan), color=BLUE, linewidth=1.2)
     if known or overall is not None:
         top.legend(loc="upper left", ncols=2, bbox_to_anchor=(0, 1.2))
     top.set_ylabel("AUC")
@@ -217,21 +221,21 @@ def histograms(parts: Sequence[Histogram]) -> Figure:
 
 
 @as_svg
-def comparison(names: Sequence[str], areas: Sequence[float], ours: int, error: float | None) -> Figure:
+def comparison(names: Sequence[str], areas: Sequence[float], ours: int, interval: Interval) -> Figure:
     """AUC of each scorer as a dot, ours coloured and with its 95 % interval; best on top."""
     figure = Figure(figsize=(WIDTH, 0.9 + 0.34 * len(names)), layout="constrained")
     axis = figure.subplots()
     rows = np.arange(len(names))[::-1]
     colors = [ORANGE if i == ours else BLUE for i in range(len(names))]
     axis.hlines(rows, 0.5, areas, color=PALE, linewidth=3)
-    if error:
-        axis.errorbar(areas[ours], rows[ours], xerr=1.96 * error, color=ORANGE, capsize=3, elinewidth=1.2)
+    if interval:
+        axis.hlines(rows[ours], *interval, color=ORANGE, linewidth=1.2)
     axis.scatter(areas, rows, s=48, color=colors, zorder=3)
     for row, area in zip(rows, areas, strict=True):
         axis.annotate(f"{area:.4f}", (area, row), (0, 7), textcoords="offset points", ha="center", fontsize=8)
     axis.axvline(0.5, color=GREY, linestyle="--", linewidth=1)
     axis.set_yticks(rows, names)
-    axis.set_xlabel("test AUC (0.5 is chance; the bar on the model is its 95 % interval)")
+    axis.set_xlabel("test AUC (0.5 is chance; the line through the model is its 95 % interval over users)")
     axis.set_ylim(-0.6, len(names) - 0.25)
     axis.margins(x=0.06)
     axis.grid(visible=False, axis="y")

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from hpgr.metrics import CUTOFFS, Bin, auc, auc_error, quantile_bins, roc_points
+from hpgr.bootstrap import auc_interval
+from hpgr.metrics import CUTOFFS, Bin, auc, quantile_bins, roc_points
 from hpgr.report import plots
 from hpgr.report.page import (
     CLICK_METRICS,
@@ -133,35 +134,34 @@ def _section_results(data: ReportData) -> Section:
         [name, *_clicks(s.get("n"), s.get("positives")), *(show(s.get(key)) for key in shown)]
         for name, s in splits.items()
     ]
-    blocks: list[Block] = [Table("", head, rows), *_baseline_blocks(data.metrics)]
+    blocks: list[Block] = [Table("", head, rows), *_baseline_blocks(data)]
     return Section("results", "Results", blocks)
 
 
-def _baseline_blocks(metrics: Json) -> list[Block]:
-    test, baselines = part(metrics, "stage2", "test"), _baselines(metrics)
+def _baseline_blocks(data: ReportData) -> list[Block]:
+    test, baselines = part(data.metrics, "stage2", "test"), _baselines(data.metrics)
     ours = real(test.get("auc"))
     if not baselines or ours is None:
         return [Text("There are no baselines to compare with, or the model has no test AUC.")]
     model = "this model"
     ranked = sorted({**baselines, model: ours}.items(), key=lambda item: (-item[1], item[0]))
     names, areas = [n for n, _ in ranked], [a for _, a in ranked]
-    clicks, rows = test.get("positives") or 0, test.get("n") or 0
-    error = auc_error(ours, clicks, rows - clicks) if 0 < clicks < rows else None
+    interval = _interval(_columns(data.scores))
     table = [[n, f"{a:.4f}", NONE if n == model else f"{ours - a:+.4f}"] for n, a in ranked]
     caption = "The model beside its baselines on the same test impressions."
     if "oracle" in baselines:
         caption += " The oracle scores with the generator's true probabilities: no model can beat it on average."
     return [
-        Drawing("Against baselines", plots.comparison(names, areas, names.index(model), error), caption),
+        Drawing("Against baselines", plots.comparison(names, areas, names.index(model), interval), caption),
         Table("", ["scorer", "test AUC", "model is ahead by"], table, names.index(model)),
     ]
 
 
 def _columns(scores: pa.Table | None) -> dict[str, Array]:
-    """Usable test impressions: score, label and, where present, past and popularity; {} without any."""
+    """Usable test impressions: score, label and, where present, user, past and popularity; {} without any."""
     if scores is None or not {"score", "label"} <= set(scores.column_names):
         return {}
-    names = [n for n in ("score", "label", "past", "popularity") if n in scores.column_names]
+    names = [n for n in ("score", "label", "user_hash", "past", "popularity") if n in scores.column_names]
     columns = {n: scores[n].to_numpy() for n in names}
     usable = np.isin(columns["label"], (0, 1)) & np.isfinite(columns["score"])
     return {n: column[usable] for n, column in columns.items()} if usable.any() else {}
@@ -179,7 +179,8 @@ def _section_clicks(data: ReportData) -> Section:
         blocks.append(Text(f"All {len(label):,} test impressions were {every}: ROC and AUC are undefined.", "warn"))
     caption = (
         f"{len(label):,} test impressions. Right: click rate over mean prediction in bins of equal size, "
-        "with Wilson intervals; under it the scores' density. Below the diagonal the model overestimates."
+        "with Wilson intervals, as if no two impressions were of one user; under it the scores' density. "
+        "Below the diagonal the model overestimates."
     )
     blocks.append(Drawing("", plots.click_quality(roc_points(score, label), area, bins), caption))
     return Section("clicks", title, blocks)
@@ -202,14 +203,16 @@ def _slice_blocks(columns: Mapping[str, Array], key: str, label: str, heading: s
     score, clicked = columns["score"], columns["label"]
     bins = quantile_bins(columns[key], score, clicked, 8)
     names = [_range(b) for b in bins]
+    members = [(columns[key] >= b.low) & (columns[key] <= b.high) for b in bins]
+    sure = [_interval({name: column[rows] for name, column in columns.items()}) for rows in members]
     rows = [
-        [name, f"{b.n:,}", f"{b.positives:,}", f"{b.observed:.2%}", f"{b.predicted:.2%}", *_area(b)]
-        for name, b in zip(names, bins, strict=True)
+        [name, f"{b.n:,}", f"{b.positives:,}", f"{b.observed:.2%}", f"{b.predicted:.2%}", *_area(b, interval)]
+        for name, b, interval in zip(names, bins, sure, strict=True)
     ]
-    caption = "Bins of about equal size, equal values together; 95 % intervals after Hanley and McNeil."
-    head = [label, "impressions", "clicks", "click rate", "mean score", "AUC", "± standard error"]
+    caption = "Bins of about equal size, equal values together; 95 % intervals by a bootstrap over users."
+    head = [label, "impressions", "clicks", "click rate", "mean score", "AUC", "95 % interval"]
     return [
-        Drawing(heading, plots.auc_by_bin(bins, names, label, auc(score, clicked)), caption),
+        Drawing(heading, plots.auc_by_bin(bins, names, label, auc(score, clicked), sure), caption),
         Table("", head, rows),
     ]
 
@@ -218,8 +221,16 @@ def _range(b: Bin) -> str:
     return f"{b.low:,.0f}" if b.low == b.high else f"{b.low:,.0f} to {b.high:,.0f}"
 
 
-def _area(b: Bin) -> tuple[str, str]:
-    return ("one class only", NONE) if b.auc is None else (show(b.auc), show(b.error))
+def _area(b: Bin, interval: plots.Interval) -> tuple[str, str]:
+    between = f"[{interval[0]:.4f}, {interval[1]:.4f}]" if interval else NONE
+    return ("one class only", NONE) if b.auc is None else (show(b.auc), between)
+
+
+def _interval(columns: Mapping[str, Array]) -> plots.Interval:
+    """95 % interval of the AUC of test impressions, where their users are known."""
+    if "user_hash" not in columns:
+        return None
+    return auc_interval(columns["score"], columns["label"], columns["user_hash"])
 
 
 def _section_ranking(data: ReportData) -> Section:

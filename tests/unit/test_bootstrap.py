@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hpgr.bootstrap import CHUNK_CELLS, METRICS, Resampled, resample, times_drawn
+from hpgr.bootstrap import CHUNK_CELLS, METRICS, Resampled, auc_interval, resample, times_drawn
 from hpgr.errors import DataError
 from hpgr.metrics import ClickScores
 
@@ -135,3 +135,20 @@ def test_other_impressions_are_refused() -> None:
 
 def test_nothing_to_draw_from() -> None:
     assert resample({"a": {}}, 10, 0) == Resampled({"a": {}}, {"a": {}}, 0)
+
+
+def test_an_interval_of_one_model_takes_no_two_rows_of_a_user_for_independent() -> None:
+    """Each user's rows ten times over say no more of other users: the interval stays, as by the definition."""
+    part = scores(0)
+    found = auc_interval(part.score, part.label, part.user)
+    again = auc_interval(np.repeat(part.score, 10), np.repeat(part.label, 10), np.repeat(part.user, 10))
+    assert found == pytest.approx(again)
+    drawn = resample({"a": {0: part}}, 2000, 5).drawn["a"][0]["auc"]
+    assert found == pytest.approx(np.quantile(drawn, (0.025, 0.975)), abs=0.01)
+
+
+def test_an_interval_asks_for_users_and_both_classes() -> None:
+    part = scores(0)
+    few = part.user < np.unique(part.user)[19]
+    assert auc_interval(part.score[few], part.label[few], part.user[few]) is None
+    assert auc_interval(part.score, np.ones_like(part.label), part.user) is None

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import log_loss, roc_auc_score, roc_curve
 
 from hpgr.errors import TrainingError
-from hpgr.metrics import ClickScores, RankSums, auc, auc_error, quantile_bins, roc_points
+from hpgr.metrics import ClickScores, RankSums, auc, quantile_bins, roc_points
 
 
 def clicks(score, label, user=None, request=None) -> ClickScores:
@@ -200,14 +200,6 @@ def test_roc_of_many_scores_is_thinned_and_keeps_its_ends():
     assert [(p[0], p[-1]) for p in points] == [(0, 1), (0, 1)]
 
 
-def test_auc_error_matches_the_spread_of_repeated_samples():
-    rng = np.random.default_rng(0)
-    label = np.arange(400) < 100
-    areas = [auc(rng.normal(label * 1.0), label) for _ in range(400)]
-    assert np.std(areas) == pytest.approx(auc_error(float(np.mean(areas)), 100, 300), rel=0.15)
-    assert auc_error(1.0, 5, 5) == 0
-
-
 @given(rows(), st.integers(1, 8))
 def test_bins_hold_every_row_once_in_order(part, count):
     bins = quantile_bins(part.request, part.score, part.label, count)
@@ -216,7 +208,7 @@ def test_bins_hold_every_row_once_in_order(part, count):
     assert sum(b.positives for b in bins) == part.label.sum()
     assert all(a.high < b.low for a, b in itertools.pairwise(bins))
     assert all(0 <= b.interval[0] <= b.observed <= b.interval[1] <= 1 for b in bins)
-    assert all((b.auc is None) == (b.error is None) == (b.observed in (0, 1)) for b in bins)
+    assert all((b.auc is None) == (b.observed in (0, 1)) for b in bins)
 
 
 @given(st.lists(st.tuples(st.integers(1, 60), st.booleans()), max_size=50), st.integers(0, 50))
