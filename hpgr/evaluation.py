@@ -121,7 +121,7 @@ def _ranks_among_all(logits: Tensor, truth: Tensor, past: Tensor, filter_seen: b
     if filter_seen:
         logits = _without(logits, past)
     place = torch.arange(size, device=logits.device)
-    ahead = (logits > wanted) | ((logits == wanted) & (place < target[:, None]))
+    ahead = ~(logits <= wanted) | ((logits == wanted) & (place < target[:, None]))  # what is no number is ahead
     return torch.where(known, 1 + ahead.sum(1), size + 1)
 
 

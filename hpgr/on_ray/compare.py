@@ -33,7 +33,7 @@ from hpgr.on_ray.cluster import here, settle
 from hpgr.on_ray.learnt import learn, names_of
 from hpgr.on_ray.noise import NoiseStudy
 from hpgr.on_ray.parallel import RayExecute, cause
-from hpgr.on_ray.pipeline import Say, changed_sections, prepared_log, tell_of_copy, versions
+from hpgr.on_ray.pipeline import Say, changed_sections, keep_log, prepared_log, tell_of_copy, versions
 from hpgr.on_ray.searcher import Clock
 from hpgr.on_ray.session import session
 from hpgr.on_ray.tracking import check_tracking, record_comparison
@@ -142,6 +142,7 @@ class _Comparison:
         self._screen: Live | None = None
         self.execute = RayExecute(say)
         self.prepared, self.place = self.open_log(plan.base)
+        keep_log(folder, self.prepared)
         self.most = places(plan.base, "cell", plan.matrix.concurrency)
         self.cells = Cells(folder, self.most, say, self._show)
         self.rows = [Row(name, plan.tuned(name)) for name in plan.matrix.rows]
@@ -220,7 +221,7 @@ class _Comparison:
     def _measure_noise(self) -> None:
         wanted, chosen = self.plan.matrix.noise, {row.name: row.chosen for row in self.rows if row.chosen is not None}
         if wanted and {wanted.sparse, wanted.dense} <= chosen.keys():
-            noise = NoiseStudy(self.plan, self.folder, self.cells, self.open_log, self.say)
+            noise = NoiseStudy(self.plan, self.folder, self.cells, self.open_log, self.do, self.say)
             self.noise = noise.run(chosen, lambda cell: self.work(cell, True))
 
     def _show_learnt(self) -> None:
@@ -388,7 +389,7 @@ class _Comparison:
         return out
 
     def _simple(self) -> dict[str, float]:
-        """AUC of scorers without a model, the same for every cell."""
+        """AUC of scorers without a model, of the first row's windows."""
         found = [d["baselines"] for row in self.rows for d in self.tested(row).values()]
         return {name: area for name, area in found[0].items() if area is not None} if found else {}
 

@@ -1,4 +1,4 @@
-"""The part of a comparison that shows what a row has learnt, for its first seed."""
+"""The part of a comparison that shows what a row has learnt, for its first tested seed."""
 
 from __future__ import annotations
 
@@ -81,7 +81,8 @@ def show(settings: Learnt, names: Names, run: Run) -> Shown:
     ids = vocabulary.items.column("value").to_pylist()
     titles, kinds = [names.titles.get(i) or str(i) for i in ids], [names.kinds.get(i, "") for i in ids]
     seen = vocabulary.items.column("count").to_numpy().astype(np.int64)
-    known = np.flatnonzero(seen > 0)  # what training never showed has the vector it began with
+    stage = 1 if run.config.stage1.enabled else 2
+    known = np.flatnonzero(vocabulary.items.column("history").to_numpy() if stage == 1 else seen)  # others never moved
     vectors = item_vectors(run)[known]
     place, how = layout(vectors, settings.projection, run.config.seed)
     picked = _picked(known, seen, kinds)
@@ -93,7 +94,14 @@ def show(settings: Learnt, names: Names, run: Run) -> Shown:
     model = Finished(run, "").click_model(device)
     found = reading(model, LocalSource().evaluation(run.spec("click-validation")), device)
     attention = _attention(found, titles, vocabulary.first_item) if found else None
-    return Shown(settings.row, ItemMap(how, place, [kinds[i] for i in known], seen[known]), lists, attention)
+    return Shown(
+        settings.row,
+        run.config.seed,
+        stage,
+        ItemMap(how, place, [kinds[i] for i in known], seen[known]),
+        lists,
+        attention,
+    )
 
 
 def _picked(known: Ints, seen: Ints, kinds: list[str]) -> Ints:

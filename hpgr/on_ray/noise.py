@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import starmap
 from typing import Any
@@ -50,6 +50,7 @@ class NoiseStudy:
     folder: Folder
     cells: Cells
     open_log: Open
+    train: Callable[[Sequence[Work]], None]
     say: Say
 
     def run(self, chosen: Mapping[str, Values], own: Callable[[Cell], Work]) -> dict[str, Any]:
@@ -57,12 +58,14 @@ class NoiseStudy:
         comparison's own log."""
         study = self.plan.matrix.noise
         assert study is not None
-        out: dict[str, Any] = {"sparse": study.sparse, "dense": study.dense, "edges": list(EDGES), "planted": []}
+        seeds = len(self.plan.matrix.seeds)
+        out: dict[str, Any] = {"sparse": study.sparse, "dense": study.dense, "edges": list(EDGES), "seeds": seeds,
+                               "planted": [], "failed": []}  # fmt: skip
         for level in study.planted:
             pairs = self._pairs(chosen, level)
-            self.say(f"noise: {level:.0%} planted, {len(pairs)} seeds of {study.sparse} and {study.dense}")
-            sums = self._measured(pairs, "irrelevant")
-            out["planted"] += [{"noise": level, **_mass(sums)}] if sums else []
+            self.say(f"noise: {level:.0%} planted, {seeds} seeds of {study.sparse} and {study.dense}")
+            out["planted"].append({"noise": level, **_mass(self._measured(pairs, "irrelevant"))})
+            out["failed"] += [f"{level:.0%} planted, {failed}" for pair in pairs for failed in self._failures(pair)]
         cells = [[self.plan.cell(r, s, chosen[r]) for r in (study.sparse, study.dense)] for s in self.plan.matrix.seeds]
         pairs = [Pair(own(sparse), own(dense)) for sparse, dense in cells]
         sums = self._measured(pairs, "overlap")
@@ -81,7 +84,7 @@ class NoiseStudy:
                 prepared, place = opened = opened or self.open_log(cell.config)
                 key = stage_key(cell.config, prepared, "stage1") if cell.config.stage1.enabled else ""
                 works.append(Work(cell, key, place, False))
-        self.cells.train(works)
+        self.train(works)
         return list(starmap(Pair, zip(works[::2], works[1::2], strict=True)))
 
     def _measured(self, pairs: list[Pair], what: str) -> list[Sums]:
@@ -94,6 +97,11 @@ class NoiseStudy:
             for p in missing
         ])  # fmt: skip
         return [self.folder.read_json(p.file(what)) for p in usable]
+
+    def _failures(self, pair: Pair) -> list[str]:
+        """Cells of a pair that could not be trained, with why."""
+        cells = [w.cell for w in (pair.sparse, pair.dense) if not self._finished(w.cell)]
+        return [f"{cell.label}: {(self.cells.record(cell) or {}).get('error', 'it was not trained')}" for cell in cells]
 
     def _finished(self, cell: Cell) -> bool:
         done = self.cells.record(cell)
@@ -115,11 +123,13 @@ def _measure(what: str, folder: str, name: str, runs: list[Run]) -> None:
 
 
 def _mass(parts: list[Sums]) -> dict[str, Any]:
-    """Irrelevant mass of each model over all candidates and by history length, and what the sparse one cuts."""
+    """Irrelevant mass of each model over all candidates and by history length, and what the sparse one cuts; of no seed
+    nothing is known."""
     names = ("sparse", "dense", "uniform")
     means = {name: [sum(p[name]) / max(sum(p["n"]), 1) for p in parts] for name in names}
     cut = [1 - s / d for s, d in zip(means["sparse"], means["dense"], strict=True) if d]
-    return {name: spread_of(means[name]) for name in names} | {"cut": spread_of(cut), "bins": _bins(parts, names)}
+    bins = _bins(parts, names) if parts else []
+    return {name: spread_of(means[name]) for name in names} | {"cut": spread_of(cut), "bins": bins}
 
 
 def _overlap(parts: list[Sums]) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def _two_stage(request: Request, say: Say) -> tuple[dict[str, Any], str]:
         if config.resources.count:
             refuse_impossible(here(), training_ask(config.resources, here()))
         run = Run(config, folder, prepared_log(config, execute, say))
-        run.prepared.keep(folder.sub("prepared"))
+        keep_log(folder, run.prepared)
         _log_rows(run)
         for name in INDEXES:
             build_index(run.prepared, config, run.index_folder, name, execute)
@@ -181,6 +181,24 @@ def prepared_log(config: Config, execute: Execute, say: Say) -> Prepared:
     parts = " + ".join(f"{account[name]:,} {name}" for name in ("kept", "quarantined", "duplicates"))
     say(f"prepare: {rows:,} rows = {parts}{rate}")
     return prepared
+
+
+def keep_log(folder: Folder, prepared: Prepared) -> None:
+    """Keep in a job's folder what its models need of the log, and go on with the log that it began with alone: its
+    windows, checkpoints and figures are of that one, and a row may be training in one and test in another.
+
+    Raises:
+        ArtifactError: the job began with another log.
+    """
+    kept = folder.sub("prepared")
+    if kept.exists("manifest.json"):
+        began, now = (m["fingerprint"] for m in (kept.read_json("manifest.json"), prepared.manifest))
+        if began != now:
+            raise ArtifactError(f"{folder.uri} began with another log: got {now}, expected {began} of data.prepared. "
+                                "Files of data.path were added, changed or copied (their times count); bring them back "
+                                "as they were, or start anew in another --run folder")  # fmt: skip
+        return
+    prepared.keep(kept)
 
 
 def versions() -> dict[str, str]:

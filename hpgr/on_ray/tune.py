@@ -23,7 +23,16 @@ from hpgr.on_ray.beside import watched
 from hpgr.on_ray.cluster import here, settle
 from hpgr.on_ray.leftovers import Leftovers
 from hpgr.on_ray.parallel import RayExecute
-from hpgr.on_ray.pipeline import Request, Say, changed_sections, prepared_log, tell_of_copy, two_stage, versions
+from hpgr.on_ray.pipeline import (
+    Request,
+    Say,
+    changed_sections,
+    keep_log,
+    prepared_log,
+    tell_of_copy,
+    two_stage,
+    versions,
+)
 from hpgr.on_ray.searcher import Clock, StudySearcher, asha
 from hpgr.on_ray.session import session
 from hpgr.on_ray.tracking import check_tracking, record_search
@@ -72,6 +81,7 @@ def _search(request: SearchRequest, say: Say) -> tuple[dict[str, Any], SearchDat
         with study.in_words(), watched(study, clock) as watch:
             execute = RayExecute(say)
             prepared = prepared_log(config, execute, say)
+            keep_log(folder, prepared)
             place = Place(prepared.folder.uri, folder.sub("stage1").uri, folder.sub("index").uri)
             for name in INDEXES:
                 build_index(prepared, config, index_of(config, place), name, execute)

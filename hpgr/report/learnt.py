@@ -62,9 +62,11 @@ class Attention:
 
 @dataclass(frozen=True)
 class Shown:
-    """All that the section shows of a row."""
+    """All that the section shows of a row: of which seed, and after which stage its item vectors are."""
 
     row: str
+    seed: int
+    stage: int
     items: ItemMap
     near: Sequence[Near]
     attention: Attention | None
@@ -94,8 +96,8 @@ def section_learnt(shown: Shown) -> Section:
     )
     rows = [[clip(n.title, 40), n.kind or NONE, _listed(n)] for n in shown.near]
     blocks: list[Block] = [
-        Text(f"Of row {shown.row}, first seed."),
-        Drawing("Items after stage 1", item_map(items), caption),
+        Text(f"Of row {shown.row}, seed {shown.seed}."),
+        Drawing(f"Items after stage {shown.stage}", item_map(items), caption),
         Table("Neighbours of frequent items", ["item", "kind", "nearest, with cosine"], rows),
     ]
     if shown.same_kind is not None:

@@ -29,6 +29,8 @@ CANDIDATES = 6
 """Most candidates of one user that are drawn."""
 LOOKED_AT = 24
 """Batches in which a user to draw is looked for."""
+NEIGHBOURS = 15
+"""Of an item, that umap keeps near it; its default."""
 
 
 def item_vectors(run: Run) -> Floats:
@@ -40,7 +42,10 @@ def item_vectors(run: Run) -> Floats:
 
 
 def layout(vectors: Floats, projection: str, seed: int) -> tuple[Reals, str]:
-    """Items on a plane [V, 2], and how: umap (McInnes et al. 2018; cosine) or pca; `auto` takes what is installed."""
+    """Items on a plane [V, 2], and how: umap (McInnes et al. 2018; cosine) or pca; `auto` takes what is installed, and
+    so few items that each would be near all others are laid out by pca."""
+    if len(vectors) <= NEIGHBOURS:
+        projection = "pca"
     if projection == "auto":
         projection = "umap" if importlib.util.find_spec("umap") else "pca"
     if projection == "umap":
@@ -48,11 +53,11 @@ def layout(vectors: Floats, projection: str, seed: int) -> tuple[Reals, str]:
             warnings.simplefilter("ignore")
             import umap
 
-            neighbours = min(15, len(vectors) - 1)
-            reducer = umap.UMAP(n_neighbors=neighbours, metric="cosine", random_state=seed, n_jobs=1)
+            reducer = umap.UMAP(n_neighbors=NEIGHBOURS, metric="cosine", random_state=seed, n_jobs=1)
             return np.asarray(reducer.fit_transform(vectors), np.float64), "umap"
     left, size, _ = np.linalg.svd(vectors - vectors.mean(0), full_matrices=False)
-    return (left[:, :2] * size[:2]).astype(np.float64), "pca"
+    plane = (left[:, :2] * size[:2]).astype(np.float64)
+    return np.pad(plane, ((0, 0), (0, 2 - plane.shape[1]))), "pca"
 
 
 def neighbours(vectors: Floats, items: Ints, count: int) -> tuple[Ints, Floats]:

@@ -22,7 +22,7 @@ from hpgr.search.space import FIXED, Scalar, leaves_of, placed, value_at
 Values = dict[str, Scalar]
 """Settings by dotted configuration path."""
 Name = Annotated[str, Field(min_length=1, max_length=40)]
-AFFECT_NOTHING = ("name", "resources", "checkpoints")
+AFFECT_NOTHING = ("name", "resources", "checkpoints", "tracking")
 """Sections that change no result, so cells that differ in them alone are one."""
 SHOW_ATTENTION = ("hpgr", "hstu")
 """Models whose shares of attention can be read."""
@@ -33,11 +33,17 @@ class Tuning(Section):
 
     parameters: dict[str, Annotated[list[Scalar], Field(min_length=1)]] = Field(default_factory=dict)
     """Values to try by path. Nothing: rows are compared as they stand."""
+    rows: dict[Name, dict[str, Annotated[list[Scalar], Field(min_length=1)]]] = Field(default_factory=dict)
+    """Values that a row tries in place of `parameters`, of a model that has none of those or another scale."""
     draws: Count = 4
     """Settings that a row tries, its own always among them; the others are drawn from the grid of all values, the same
-    ones for all rows."""
+    ones for all rows but those of `rows`."""
     seed: Natural = 0
     """Of the draw."""
+
+    def only(self, names: Sequence[str]) -> Tuning:
+        """The same for these rows alone."""
+        return self.model_copy(update={"rows": {name: own for name, own in self.rows.items() if name in names}})
 
 
 class Curves(Section):
@@ -129,6 +135,7 @@ class Matrix(Section):
         named = [("baseline", name) for name in self.baselines]
         for key in ("sensitivity", "learnt"):
             named += [(f"{key}.row", getattr(self, key).row)] if getattr(self, key) else []
+        named += [("tuning.rows", name) for name in self.tuning.rows]
         if self.noise:
             named += [("noise.sparse", self.noise.sparse), ("noise.dense", self.noise.dense)]
         faults = [f"{key}: there is no row {name!r}; {self.near(name)}" for key, name in named if name not in self.rows]
@@ -185,6 +192,7 @@ class Plan:
         curves, learnt, noise = matrix.sensitivity, matrix.learnt, matrix.noise
         kept = {
             "rows": {name: matrix.rows[name] for name in names},
+            "tuning": matrix.tuning.only(names),
             "baseline": [name for name in matrix.baselines if name in names],
             "sensitivity": curves if curves and curves.row in names else None,
             "learnt": learnt if learnt and learnt.row in names else None,
@@ -199,22 +207,26 @@ class Plan:
         return Cell(row, values, validate(placed(dump(self.base), settings)))
 
     def tuned(self, row: str) -> list[Cell]:
-        """What a row tries, its own settings first; all with the first seed. What makes the row stays as it is."""
+        """What a row tries, its own settings first; all with the first seed. What makes the row stays as it is, less
+        what `tuning.rows` varies."""
         cells: dict[str, Cell] = {}
-        for values in [{}, *self._draws()]:
-            drawn = {path: value for path, value in values.items() if path not in self.matrix.rows[row]}
+        fixed = self.matrix.rows[row].keys() - self.matrix.tuning.rows.get(row, {}).keys()
+        for values in [{}, *self._draws(row)]:
+            drawn = {path: value for path, value in values.items() if path not in fixed}
             cell = self.cell(row, self.matrix.seeds[0], drawn)
             cells.setdefault(cell.key, cell)
         return list(cells.values())
 
-    def _draws(self) -> list[Values]:
-        """Settings that all rows try, no more than the budget leaves beside a row's own."""
+    def _draws(self, row: str) -> list[Values]:
+        """Settings that a row tries, as all others do, no more than the budget leaves beside its own."""
         tuning = self.matrix.tuning
-        if not tuning.parameters:
+        parameters = tuning.rows.get(row, tuning.parameters)
+        if not parameters:
             return []
-        points = itertools.product(*tuning.parameters.values())
-        grid = [dict(zip(tuning.parameters, point, strict=True)) for point in points]
-        own = {path: value_at(dump(self.base), path) for path in tuning.parameters}
+        points = itertools.product(*parameters.values())
+        grid = [dict(zip(parameters, point, strict=True)) for point in points]
+        start = placed(dump(self.base), self.matrix.rows[row]) if row in tuning.rows else dump(self.base)
+        own = {path: value_at(start, path) for path in parameters}
         others = [point for point in grid if point != own]
         order = np.random.default_rng(tuning.seed).permutation(len(others))
         return [others[i] for i in sorted(order[: tuning.draws - 1])]
@@ -297,6 +309,7 @@ def _faults(plan: Plan) -> Iterator[str]:
     matrix, known = plan.matrix, leaves_of(dump(plan.base))
     places = [(f"rows.{row}", values) for row, values in matrix.rows.items()]
     places.append(("tuning.parameters", dict.fromkeys(matrix.tuning.parameters)))
+    places += [(f"tuning.rows.{row}", dict.fromkeys(own)) for row, own in matrix.tuning.rows.items()]
     if matrix.sensitivity:
         places.append(("sensitivity.over", dict.fromkeys(matrix.sensitivity.over)))
     unknown = [fault for place, values in places for path in values if (fault := _path_fault(place, path, known))]
@@ -326,7 +339,7 @@ def _value_faults(plan: Plan) -> Iterator[str]:
     """Faults of every cell that may come to be, by where its values stand."""
     matrix = plan.matrix
     tries: list[tuple[str, str, Values]] = [(f"rows.{row}", row, {}) for row in matrix.rows]
-    tries += [(f"rows.{row} with tuning", row, values) for row in matrix.rows for values in plan._draws()]
+    tries += [(f"rows.{row} with tuning", row, values) for row in matrix.rows for values in plan._draws(row)]
     if matrix.sensitivity:
         row = matrix.sensitivity.row
         tries += [(f"sensitivity.over.{p}", row, {p: v}) for p, vs in matrix.sensitivity.over.items() for v in vs]

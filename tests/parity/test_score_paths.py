@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -171,6 +172,13 @@ def test_ranks_do_not_depend_on_how_many_users_face_the_catalogue_at_once(
     whole = rank_next_items(masked_model, steps(run, "next_item-test"), CPU, True)
     monkeypatch.setattr("hpgr.evaluation.LOGITS_AT_ONCE", 3 * len(masked_model.item_bias))
     assert rank_next_items(masked_model, steps(run, "next_item-test"), CPU, True) == whole
+
+
+def test_a_model_of_no_numbers_finds_nothing(run: Run, masked_model: MaskedItemModel) -> None:
+    """Nothing is greater than NaN, so that every rank would be the first."""
+    broken = copy.deepcopy(masked_model)
+    torch.nn.init.constant_(broken.item_bias, float("nan"))
+    assert rank_next_items(broken, steps(run, "next_item-test"), CPU, True).compute()["hr@20"] == 0
 
 
 def test_the_next_item_query_does_not_know_the_answer(run: Run, masked_model: MaskedItemModel) -> None:

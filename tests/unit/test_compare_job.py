@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,9 +10,11 @@ import pytest
 from ray.exceptions import RayError
 
 from hpgr.artifacts import Folder
-from hpgr.errors import DataError
+from hpgr.data.preparation import Prepared
+from hpgr.errors import ArtifactError, DataError
 from hpgr.on_ray.cells import Cells, Done
 from hpgr.on_ray.compare import Row, _Comparison
+from hpgr.on_ray.pipeline import keep_log
 from hpgr.search.matrix import Cell, Plan, parse_matrix, resolve
 
 TOP_K, LR, SIGMA = "model.pgsa.top_k", "stage2.optimiser.lr", "model.pgsa.sigma"
@@ -93,3 +96,15 @@ def test_a_study_that_fails_is_left_out_and_the_next_one_is_made(
     assert made == ["learnt"]
     assert job.left_out == {"noise": f"{type(error).__name__}: {error}"}
     assert "--resume" in job.said[0]
+
+
+def test_a_job_goes_on_with_the_log_it_began_with_alone(prepare_log: Callable[..., Prepared], tmp_path: Path) -> None:
+    """Its windows and figures are of that log: a row may be training in one, and test in another."""
+    rows = [{"user_id": "a", "item_id": f"i{k % 3}", "timestamp": 10**9 + k, "clicked": k % 2} for k in range(20)]
+    began, grown = prepare_log(rows, name="began"), prepare_log(rows * 2, name="grown")
+    folder = Folder(str(tmp_path / "run"))
+    keep_log(folder, began)
+    keep_log(folder, began)
+    with pytest.raises(ArtifactError, match=r"began with another log: got \w+, expected \w+ .*start anew"):
+        keep_log(folder, grown)
+    assert folder.read_json("prepared/manifest.json")["fingerprint"] == began.manifest["fingerprint"]

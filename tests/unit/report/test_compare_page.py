@@ -19,7 +19,8 @@ from hpgr.report.noise import section_noise
 
 
 def over_seeds(*values: float) -> dict[str, Any]:
-    return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)), "values": list(values)}
+    sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "sd": sd, "values": list(values)}
 
 
 def model(name: str, *aucs: float, **more: Any) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def model(name: str, *aucs: float, **more: Any) -> dict[str, Any]:
 
 
 def gap(name: str, mean: float, low: float | None, high: float | None, metric: str = "auc") -> dict[str, Any]:
-    return {"model": name, "baseline": "plain", "metric": metric, "mean": mean, "sd": 0.003, "low": low, "high": high,
+    return {"model": name, "baseline": "plain", "metric": metric, "mean": mean, "sd": 0.001, "low": low, "high": high,
             "relative": mean / 0.7, "relative_low": 0.001, "relative_high": 0.02, "users": 943, "seeds": 2,
             "draws": 2000}  # fmt: skip
 
@@ -72,6 +73,8 @@ def full(**more: Any) -> CompareData:
 NOISE = {
     "sparse": "full",
     "dense": "plain",
+    "seeds": 2,
+    "failed": [],
     "planted": [
         {"noise": level, "sparse": over_seeds(0.3, 0.32), "dense": over_seeds(0.6, 0.62),
          "uniform": over_seeds(0.8, 0.8), "cut": over_seeds(0.5, 0.48),
@@ -92,7 +95,7 @@ def shown(**more: Any) -> Shown:
     near = [Near("Heat", "noir", ["Ronin", "Alien"], ["noir", "war"], [0.91, 0.8])]
     reading = Attention("u1", ["a", "b", "c"], [-50.0, -1.0, 0.0], [0, 1, 1], ["x", "y"], [True, False], [0.8, 0.1],
                         np.array([[0.5, 0.5, 0], [0, 0, 1.0]], np.float32), np.eye(3, dtype=bool)[:2])  # fmt: skip
-    return replace(Shown("full", items, near, reading), **more)
+    return replace(Shown("full", 3, 1, items, near, reading), **more)
 
 
 def words(data: CompareData) -> str:
@@ -125,10 +128,10 @@ def test_figures_of_the_comparison_are_on_the_page() -> None:
         "item popularity (no model) 0.5500 - - - -",
         "broken, broken seed 0, failed: loss is nan",
         "95 % intervals of 2,000 draws of 943 users",
-        "full plain AUC +0.0250 ± 0.0030 [+0.0100, +0.0400] +3.57 % [+0.10 %, +2.00 %] better 2",
-        "full plain Log loss -0.0200 ± 0.0030 [-0.0300, -0.0100]",
+        "full plain AUC +0.0250 ± 0.0010 [+0.0100, +0.0400] +3.57 % [+0.10 %, +2.00 %] better 2",
+        "full plain Log loss -0.0200 ± 0.0010 [-0.0300, -0.0100]",
         "full its own 0.7000 full model.layers=1 0.7100 chosen",
-        "model.pgsa.top_k 4 0.7100 ± 0.0141 model.pgsa.top_k 32 0.7400 ± 0.0141 as compared",
+        "model.pgsa.top_k 4 0.7100 ± 0.0141 2 model.pgsa.top_k 32 0.7400 ± 0.0141 2 as compared",
         "full 123,456 1 min 00 s 30.0 s 1 min 30 s 45.0 s 31.5 12.0 s",
         "rows: {}",
         "name: base",
@@ -155,14 +158,30 @@ def test_a_verdict_needs_an_interval_without_zero(
 
 
 def test_a_verdict_needs_seeds_that_agree() -> None:
-    """sd .003 of two seeds: twice the standard error is .0042."""
+    """sd .001: of two seeds the mean must be 12.71 standard errors from zero, .0090; of three 4.303, .0025."""
     assert (
-        verdict(gap("full", 0.004, 0.002, 0.006))
-        == verdict(gap("full", -0.004, -0.006, -0.002))
+        verdict(gap("full", 0.0089, 0.002, 0.02))
+        == verdict(gap("full", -0.0089, -0.02, -0.002))
+        == verdict(gap("full", 0.0024, 0.002, 0.006) | {"seeds": 3})
         == "no clear difference"
     )
-    assert verdict(gap("full", 0.0045, 0.002, 0.006)) == "better"
-    assert verdict(gap("full", 0.004, 0.002, 0.006) | {"sd": None}) == "better"
+    assert verdict(gap("full", 0.0091, 0.002, 0.02)) == "better"
+    assert verdict(gap("full", 0.0026, 0.002, 0.006) | {"seeds": 3}) == "better"
+    assert verdict(gap("full", 0.0007, 0.0002, 0.006) | {"seeds": 100}) == "better"
+    assert verdict(gap("full", 0.004, 0.002, 0.006) | {"sd": None, "seeds": 1}) == "better"
+
+
+def test_seeds_differ_by_chance_as_often_as_said() -> None:
+    """Differences of nothing but chance: 5 % of the verdicts, not the 18 % of two standard errors of three seeds."""
+    rng, seeds = np.random.default_rng(0), 3
+    drawn = rng.normal(size=(2000, seeds))
+    gaps = [gap("full", float(d.mean()), 1e-9, 9.0) | {"sd": float(d.std(ddof=1)), "seeds": seeds} for d in drawn]
+    assert sum(verdict(g) != "no clear difference" for g in gaps) / len(gaps) == pytest.approx(0.05, abs=0.015)
+
+
+def test_few_users_tell_nothing() -> None:
+    assert verdict(gap("full", 0.02, 0.01, 0.03) | {"users": 19}) == "no clear difference"
+    assert verdict(gap("full", 0.02, 0.01, 0.03) | {"users": 20}) == "better"
 
 
 def test_one_seed_has_no_spread() -> None:
@@ -174,7 +193,7 @@ def test_one_seed_has_no_spread() -> None:
 def test_a_comparison_of_failures_says_so() -> None:
     broken = model("broken", failed=[{"cell": "broken seed 0", "seed": 0, "error": "loss is nan"}])
     text = words(full(models=[broken], differences=[], sensitivity=[], simple={}))
-    for part in ("No row has been tested", "no two tested rows", "asks for no curves", "No row has finished"):
+    for part in ("No row has been tested", "no two tested rows", "the matrix asks for none", "No row has finished"):
         assert part in text
     assert "nan" not in text.lower().replace("loss is nan", "")
     assert "no row has been tested" in compare_summary(full(models=[broken]), [])
@@ -184,6 +203,16 @@ def test_a_study_that_was_left_out_is_told() -> None:
     data = full(left_out={"noise": "RayError: a worker died"})
     assert "noise was left out: RayError: a worker died" in words(data)
     assert "noise: RayError: a worker died" in compare_summary(data, [])
+
+
+def test_a_point_of_a_curve_that_failed_is_told_and_the_others_are_drawn() -> None:
+    points = [
+        {"value": value, "own": value == 32, "auc": over_seeds(*aucs) if aucs else {"mean": None, "values": []}}
+        for value, aucs in ((4, (0.7, 0.72)), (32, ()), (64, (0.73,)))
+    ]
+    data = full(sensitivity=[{"row": "full", "path": "model.pgsa.top_k", "points": points}])
+    assert "4 0.7100 ± 0.0141 2 model.pgsa.top_k 32 failed 0 as compared model.pgsa.top_k 64 0.7300 1" in words(data)
+    assert len(Page(render_compare(data)).links) == len(Page(render_compare(full())).links)
 
 
 def test_rows_without_tuning_say_so() -> None:
@@ -215,6 +244,13 @@ def test_the_press_note_is_judged_by_the_cut() -> None:
     assert "it reaches the 40 % of the press note on every log with every seed" in told((0.4, 0.5), (0.5, 0.5))
     assert "it does not reach the 40 % of the press note on any log" in told((-0.05, 0.1), (0.39, 0.3))
     assert "0.425 ± 0.106 1 of 2" in told((0.35, 0.5))
+    lost = {"noise": 0.9, "cut": {"mean": None, "sd": None, "values": []}, "bins": []}
+    half = {**NOISE["planted"][0], "cut": over_seeds(0.5)}
+    for planted, of in (([NOISE["planted"][0], lost], "1 of 2"), ([half], "0 of 1")):
+        study = {**NOISE, "planted": planted, "failed": ["90% planted, full seed 0: loss is nan"]}
+        text = words(replace(full(), more=[section_noise(study)]))
+        assert f"with every seed on {of} logs" in text
+        assert "Failed: 90% planted, full seed 0: loss is nan" in text
     none = {**NOISE, "planted": [], "overlap": {**NOISE["overlap"], "candidates": 0}}
     assert "every event is an anchor" in section_noise(none).blocks[0].text
     assert "could not be measured" in section_noise({"sparse": "a", "dense": "b"}).blocks[0].text

@@ -49,6 +49,13 @@ def test_without_the_package_auto_is_pca(monkeypatch: pytest.MonkeyPatch) -> Non
     assert layout(clusters()[0], "auto", 0)[1] == "pca"
 
 
+@pytest.mark.parametrize("items", [1, 2, 15])
+def test_few_items_are_laid_out_too(items: int) -> None:
+    place, how = layout(clusters()[0][:items], "umap", 0)
+    assert (place.shape, how) == ((items, 2), "pca")
+    assert np.isfinite(place).all()
+
+
 def test_vectors_are_stage_1s_and_a_reading_adds_up(tmp_path_factory: pytest.TempPathFactory, monkeypatch) -> None:
     monkeypatch.setattr(learnt, "EVENTS", (3, 40))
     root = tmp_path_factory.mktemp("learnt")

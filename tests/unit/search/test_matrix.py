@@ -114,6 +114,30 @@ def test_tuning_does_not_change_what_makes_the_row() -> None:
     assert {c.config.stage2.optimiser.lr for c in tried} == {0.001, 0.002, 0.004}
 
 
+def test_a_row_may_try_values_of_its_own_scale() -> None:
+    own = {LR: [0.01, 0.03, 0.1]}
+    rows = {"full": {}, "logistic": BASELINES["logistic"] | {LR: 0.03}}
+    p = plan(rows=rows, tuning={"parameters": {LR: [0.001, 0.002], LAYERS: [1, 2]}, "rows": {"logistic": own}})
+    assert [c.config.stage2.optimiser.lr for c in p.tuned("logistic")] == [0.03, 0.01, 0.1]
+    assert {c.config.stage2.optimiser.lr for c in p.tuned("full")} == {0.001, 0.002}
+    assert p.only(["full"]).matrix.tuning.rows == {}
+    assert "tuning.rows: there is no row 'x'" in faults(tuning={"rows": {"x": own}})
+    assert "tuning.rows.full.model.layerz: no such key" in faults(tuning={"rows": {"full": {"model.layerz": [1]}}})
+    assert "rows.full with tuning" in faults(tuning={"rows": {"full": {LAYERS: [0]}}})
+
+
+@pytest.mark.parametrize("name", ["ml-100k", "ml-1m", "trivago"])
+def test_the_floor_tries_no_fewer_learning_rates_than_hstu(name: str) -> None:
+    loaded = load_matrix(ROOT / f"jobs/configs/compare-{name}.yaml")
+    rates = {row: {c.config.stage2.optimiser.lr for c in loaded.tuned(row)} for row in ("hstu", "logistic")}
+    assert len(rates["logistic"]) >= len(rates["hstu"]) > 1
+
+
+def test_a_cell_is_the_same_wherever_it_is_tracked() -> None:
+    tracked = plan(base={"tracking": {"mlflow": "sqlite:////tmp/x.db"}}).cell("full", 0)
+    assert tracked.key == plan().cell("full", 0).key
+
+
 def test_a_budget_beyond_the_grid_is_the_grid() -> None:
     p = plan(tuning={"parameters": {LR: [0.001, 0.002]}, "draws": 9})
     assert [c.values for c in p.tuned("full")] == [{}, {LR: 0.002}]
