@@ -12,7 +12,7 @@ the number of shards, and a shard reads its own batches alone.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -45,8 +45,8 @@ BLOCK_VALUES = 500_000
 """Candidates that a dealing task holds at once."""
 REQUEST_PREFIX = "request:"
 ITEM_HASH, CONTENT = "item_hash", "content"
-DEALT, QUARANTINE = "_work/dealt", "_quarantine"
-"""Where dealt and unusable rows go in the job's output folder."""
+DEALT, LIST, QUARANTINE = "_work/dealt", "_work/list.parquet", "_quarantine"
+"""Where dealt rows, one list for all, and unusable rows go in the job's output folder."""
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,24 @@ def _layout(schema: pa.Schema, data: Data, where: str) -> Layout:
                         "list for all users is a table of one item a row")  # fmt: skip
     kind: Kind = "all" if c.user not in names else "lists" if listed else "pairs"
     shown = [f.name for f in data.features if f.role in TARGET_ROLES and f.column in names]
-    request = tuple(c.request or []) if c.request and names.issuperset(c.request) else ()
     if kind == "all":
         return Layout(kind, False, (), tuple(shown))
-    return Layout(kind, c.time in names, request, tuple(shown))
+    return Layout(kind, c.time in names, _request(names, data, where), tuple(shown))
+
+
+def _request(names: set[str], data: Data, where: str) -> tuple[str, ...]:
+    """The request columns, all or none; those that say something else too (a time, a feature) are no sign of lists."""
+    c, request = data.columns, data.columns.request or []
+    missing = [name for name in request if name not in names]
+    if not missing:
+        return tuple(request)
+    other = {c.user, c.item, c.time, *(f.column for f in data.features)}
+    given = [name for name in request if name in names and name not in other]
+    if given:
+        raise DataError(f"--candidates {where}: the run's log names a list by {', '.join(request)}, and the candidates "
+                        f"have no column {', '.join(map(repr, missing))}; add it, or leave {', '.join(given)} out to "
+                        "score candidates of no list")  # fmt: skip
+    return ()
 
 
 def empty_candidates(data: Data, layout: Layout) -> pa.Table:
@@ -191,6 +205,23 @@ def dealt_rows(shard: int, shards: int, folder: Folder, data: Data, layout: Layo
     return pa.concat_tables(parts).combine_chunks()
 
 
+def read_list(
+    fragments: Iterable[Fragment], data: Data, layout: Layout, folder: Folder
+) -> tuple[pa.Table, Counter[str]]:
+    """Canonical rows of one list for all, each once; unusable rows are quarantined, and their reasons counted."""
+    parts, reasons = [empty_candidates(data, layout)], Counter[str]()
+    for fragment in fragments:
+        bad = []
+        for raw, first in read(fragment, layout.columns(data)):
+            rows, quarantined, _ = validate_candidates(raw, first, data, layout)
+            parts.append(rows.cast(parts[0].schema))
+            reasons.update(quarantined.column("reason").to_pylist())
+            bad += [quarantined] if quarantined.num_rows else []
+        quarantine(fragment, bad, folder)
+    rows = pa.concat_tables(parts).combine_chunks()
+    return distinct(rows, np.zeros(rows.num_rows, np.int64))[0], reasons
+
+
 def _blocks(fragment: Fragment, data: Data, layout: Layout) -> Iterator[tuple[pa.Table, int]]:
     """Raw rows in blocks of about BLOCK_VALUES candidates."""
     rows = BLOCK_VALUES
@@ -202,12 +233,10 @@ def _blocks(fragment: Fragment, data: Data, layout: Layout) -> Iterator[tuple[pa
 def candidates_in(fragment: Fragment, data: Data) -> int:
     """Candidates of a fragment by its file's own counts: list entries, not rows."""
     metadata = open_parquet(fragment.file).metadata
-    item = next(i for i in range(metadata.num_columns) if _top(metadata.schema.column(i).path) == data.columns.item)
+    paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+    name = data.columns.item  # a list's entries lie below it, under names that differ from writer to writer
+    item = next(i for i, path in enumerate(paths) if path == name or path.startswith(f"{name}."))
     return sum(metadata.row_group(g).column(item).num_values for g in range(fragment.first, fragment.last))
-
-
-def _top(path: str) -> str:
-    return path.removesuffix(".list.element").removesuffix(".list.item").removesuffix(".bag.array_element")
 
 
 def validate_candidates(raw: pa.Table, first_row: int, data: Data, layout: Layout) -> tuple[pa.Table, pa.Table, int]:
@@ -216,9 +245,10 @@ def validate_candidates(raw: pa.Table, first_row: int, data: Data, layout: Layou
 
     A row without a usable id, time or feature is quarantined; a null time means "no time given".
     """
-    nothing = 0
+    source, nothing = np.arange(first_row, first_row + raw.num_rows), 0
     if layout.kind == "lists":
-        raw, nothing = _flattened(raw, data.columns.item)
+        raw, parent, nothing = _flattened(raw, data.columns.item)
+        source = source[parent]
     reasons = np.full(raw.num_rows, None, object)
     columns = {
         USER: pa.nulls(raw.num_rows, pa.string()) if layout.kind == "all"
@@ -232,16 +262,19 @@ def validate_candidates(raw: pa.Table, first_row: int, data: Data, layout: Layou
         absent = pa.nulls(raw.num_rows, pa.string() if f.kind == "categorical" else pa.float64())
         columns[FEATURE_PREFIX + f.name] = read_feature(raw, f, reasons) if f.name in layout.features else absent
     rows = pa.table(columns).filter(pa.array(unmarked(reasons))).combine_chunks()
-    return _hashed(rows, data, layout), quarantine_table(raw, reasons, first_row), nothing
+    bad = quarantine_table(raw, reasons, 0)
+    bad = bad.set_column(0, "row", pa.array(source[bad.column("row").to_numpy()], pa.int64()))
+    return _hashed(rows, data, layout), bad, nothing
 
 
-def _flattened(raw: pa.Table, item: str) -> tuple[pa.Table, int]:
-    """One row an entry of each list, and how many rows have none."""
+def _flattened(raw: pa.Table, item: str) -> tuple[pa.Table, Ints, int]:
+    """One row an entry of each list, the place of its list, and how many lists have none."""
     lists = raw.column(item).combine_chunks()
     lists = pa.concat_arrays(lists.chunks) if isinstance(lists, pa.ChunkedArray) else lists
     lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
-    out = raw.drop_columns([item]).take(pc.list_parent_indices(lists))
-    return out.append_column(item, pc.list_flatten(lists)), int((lengths == 0).sum())
+    parent = pc.list_parent_indices(lists)
+    out = raw.drop_columns([item]).take(parent).append_column(item, pc.list_flatten(lists))
+    return out, parent.to_numpy(), int((lengths == 0).sum())
 
 
 def _candidate_times(raw: pa.Table, data: Data, layout: Layout, reasons: Any) -> pa.Array:

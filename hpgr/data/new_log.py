@@ -33,8 +33,8 @@ def prepare_new(
     """Prepare a log with the vocabulary of a prepared one, or reuse what an equal call gave before.
 
     Args:
-        data: the run's `data` section: mapping, rules, features; `prepared` is where the result is kept.
-        known: the run's prepared log.
+        data: the run's `data` section: mapping, rules, features.
+        known: the run's prepared log; the result is kept beside it, or in `data.prepared` if it is the run's own copy.
         paths: files, folders or globs of the new log.
 
     Raises:
@@ -43,7 +43,9 @@ def prepare_new(
     files = find_files(paths, data.format, asked="--users")
     inputs = inputs_fingerprint(files)
     name = fingerprint({"format": FORMAT, "inputs": inputs, "known": known.manifest["fingerprint"]})
-    folder = Folder(absolute(data.prepared)).sub(name)
+    own_copy = "uri" in known.manifest  # it tells where its log was
+    home = absolute(data.prepared) if own_copy else known.folder.uri.rstrip("/").rpartition("/")[0]
+    folder = Folder(home).sub(name)
     with sole(folder, say):
         if folder.exists("manifest.json"):
             say(f"users: inputs unchanged, reusing {folder.uri}")

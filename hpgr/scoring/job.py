@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -16,21 +18,21 @@ import torch
 
 from hpgr.artifacts import Folder, absolute, fingerprint
 from hpgr.config import Config, utc_us
-from hpgr.data.candidates import Candidates, candidates_in, deal, find_candidates, quarantine
+from hpgr.data.candidates import LIST, Candidates, candidates_in, deal, find_candidates, read_list
 from hpgr.data.new_log import prepare_new
 from hpgr.data.preparation import Execute, Prepared, versions
 from hpgr.data.sources import Fragment
-from hpgr.errors import ArtifactError, ConfigError
+from hpgr.errors import ArtifactError, ConfigError, DataError
 from hpgr.model.base import TokenClick
 from hpgr.schema import SECOND
 from hpgr.scoring import output
 from hpgr.scoring.finished import Finished, open_finished
-from hpgr.scoring.known_features import ItemFeatures, lacks_item_features, learn_item_features
+from hpgr.scoring.known_features import ItemFeatures, lacking_item_features, learn_item_features
 from hpgr.scoring.pairs import Scorer
 from hpgr.scoring.quality import top_n_quality
 from hpgr.scoring.request import SHARD_PAIRS, Options, Request, record
 from hpgr.scoring.retrieval import Retriever, item_vectors
-from hpgr.scoring.shards import Shards, read_list, vector_column
+from hpgr.scoring.shards import Shards, vector_column
 
 Say = Callable[[str], None]
 Score = Callable[[Request, list[int], output.Expected], int]
@@ -58,10 +60,11 @@ class Wish:
     shard_pairs: int = SHARD_PAIRS
 
 
-def batch_score(wish: Wish, execute: Execute, score: Score, say: Say) -> dict[str, Any]:
+def batch_score(wish: Wish, execute: Execute, score: Score, say: Say, whole: bool = False) -> dict[str, Any]:
     """Score what is asked, or go on with it; returns what `_SUCCESS` says.
 
     `execute` runs the passes over logs and candidates, `score` the shards; neither is called if the job has finished.
+    `whole` refuses candidates of which any cannot be used; otherwise at least one must be usable.
 
     Raises:
         HpgrError: what was got, what was expected and what to do.
@@ -71,8 +74,9 @@ def batch_score(wish: Wish, execute: Execute, score: Score, say: Say) -> dict[st
     if wish.resume and not folder.exists(output.REQUEST):
         raise ConfigError(f"--resume: there is no job in {folder.uri}; leave --resume out to start one there")
     _refuse(wish, finished)
-    users = _users(finished, wish, execute, say)
     candidates = find_candidates([wish.candidates], finished.config.data) if wish.candidates else None
+    _need_item_features(finished, candidates)
+    users = _users(finished, wish, execute, say)
     options = _options(wish, finished, users)
     told = record(finished.id, users.manifest["fingerprint"], candidates.plain() if candidates else None, options)
     finished_before = output.claim(folder, told)
@@ -95,7 +99,7 @@ def batch_score(wish: Wish, execute: Execute, score: Score, say: Say) -> dict[st
         options=options,
         layout=candidates.layout if candidates else None,
     )
-    return Job(request, finished, users, candidates, execute, score, say).run()
+    return Job(request, finished, users, candidates, execute, score, say, whole).run()
 
 
 def _refuse(wish: Wish, finished: Finished) -> None:
@@ -104,6 +108,9 @@ def _refuse(wish: Wish, finished: Finished) -> None:
         raise ConfigError("give either --candidates PATH or --top-n N (1 or more)")
     if wish.measure and not wish.top_n:
         raise ConfigError("--measure tells how good --top-n is; give --top-n N with it")
+    if wish.candidates and (wish.drop_seen or wish.retrieve is not None):
+        raise ConfigError("--drop-seen and --retrieve choose among the items of --top-n, and the candidates given are "
+                          "all scored; leave them out, or give --top-n N in place of --candidates")  # fmt: skip
     if wish.retrieve is not None and wish.retrieve < wish.top_n:
         raise ConfigError(f"--retrieve {wish.retrieve} is less than --top-n {wish.top_n}; retrieve at least as many")
     if wish.explain and not finished.config.model.sparse:
@@ -111,6 +118,17 @@ def _refuse(wish: Wish, finished: Finished) -> None:
                           "(another model than hpgr, or model.pgsa.enabled is false); leave --explain out")  # fmt: skip
     if wish.top_n or wish.embeddings:
         finished.need_stage1()
+    moment(wish.at, finished.config, 0)
+
+
+def _need_item_features(finished: Finished, candidates: Candidates | None) -> None:
+    """Raise where item features would come from a log that is gone."""
+    lacking = lacking_item_features(finished.config.data, candidates.layout.features if candidates else ())
+    if lacking and not finished.run.prepared.folder.exists("timelines"):
+        names = ", ".join(f.column for f in lacking)
+        raise ArtifactError(f"the item features {names} are not among the candidates, and the prepared log of the run "
+                            "that would tell them is gone; give --prepared DIR where the prepared log is, or "
+                            f"--candidates with the columns {names}")  # fmt: skip
 
 
 def _users(finished: Finished, wish: Wish, execute: Execute, say: Say) -> Prepared:
@@ -127,7 +145,7 @@ def _options(wish: Wish, finished: Finished, users: Prepared) -> Options:
         at=moment(wish.at, finished.config, users.manifest["account"]["last_time"]),
         top_n=wish.top_n,
         retrieve=(wish.retrieve or max(10 * wish.top_n, 200)) if wish.top_n else 0,
-        drop_seen=wish.drop_seen and bool(wish.top_n),
+        drop_seen=wish.drop_seen,
         explain=wish.explain,
         embeddings=wish.embeddings,
         shard_pairs=wish.shard_pairs,
@@ -136,7 +154,7 @@ def _options(wish: Wish, finished: Finished, users: Prepared) -> Options:
 
 def _item_features(finished: Finished, candidates: Candidates | None, execute: Execute) -> ItemFeatures | None:
     """What the run's log tells of items, where the model shows it and the candidates do not."""
-    if not lacks_item_features(finished.config.data, candidates.layout.features if candidates else ()):
+    if not lacking_item_features(finished.config.data, candidates.layout.features if candidates else ()):
         return None
     sizes = finished.run.sizes()
     return learn_item_features(finished.run.prepared, sizes.first_item, sizes.items, execute)
@@ -146,18 +164,26 @@ def moment(text: str | None, config: Config, last: int) -> int:
     """Moment in microseconds: an ISO 8601 date, a number in the log's unit, or one second after the last event.
 
     Raises:
-        ConfigError: the text is neither.
+        ConfigError: the text is neither, or outside `data.earliest` and `data.latest` as no event of a log may be.
     """
     if text is None:
         return last + SECOND
-    try:
-        return round(float(text) * UNIT_US[config.data.time_unit])
-    except ValueError:
-        try:
-            return utc_us(datetime.fromisoformat(text))
-        except ValueError:
-            raise ConfigError(f"--at: got {text!r}, expected a date such as 2026-01-31T06:00:00 or a number in "
-                              f"{config.data.time_unit}, the log's unit") from None  # fmt: skip
+    data = config.data
+    micros = _microseconds(text, data.time_unit)
+    if not utc_us(data.earliest) <= micros < utc_us(data.latest):
+        raise ConfigError(f"--at: got {text!r}, expected a date such as 2026-01-31T06:00:00 or a number in "
+                          f"{data.time_unit}, the log's unit, from {data.earliest} on and before {data.latest} "
+                          "(data.earliest, data.latest)")  # fmt: skip
+    return round(micros)
+
+
+def _microseconds(text: str, unit: str) -> float:
+    """A number in a unit, or an ISO 8601 date, as microseconds; NaN if it is neither."""
+    with suppress(ValueError):
+        return float(text) * UNIT_US[unit]
+    with suppress(ValueError):
+        return utc_us(datetime.fromisoformat(text))
+    return math.nan
 
 
 @dataclass(frozen=True)
@@ -171,6 +197,7 @@ class Job:
     execute: Execute
     score: Score
     say: Say
+    whole: bool = False
 
     def run(self) -> dict[str, Any]:
         """Score the missing shards, check, publish; returns what `_SUCCESS` says."""
@@ -204,19 +231,38 @@ class Job:
             size, notes = self._common_list(pieces)
             shards = request.options.shards(self.users.buckets, users * size)
             expected = output.Expected(shards, None, users * size)
-            return replace(request, shards=shards, lists=tuple(pieces)), expected, notes
+            return replace(request, shards=shards), expected, notes
         request, rows, notes = self._deal(pieces)
+        self._check_usable(sum(rows), notes)
         return request, output.Expected(request.shards, rows, sum(rows)), notes
 
     def _common_list(self, pieces: list[Fragment]) -> tuple[int, dict[str, Any]]:
+        """Keep the list for all where shards read it, unless it lies there from before: its size and account."""
+        folder, account = Folder(self.request.output), f"{output.WORK}/list.json"
         assert self.candidates is not None
-        rows, bad = read_list(pieces, self.finished.config.data, self.candidates.layout)
-        reasons: Counter[str] = Counter()
-        for piece, table in bad:
-            quarantine(piece, [table] if table.num_rows else [], Folder(self.request.output))
-            reasons.update(table.column("reason").to_pylist())
-        repeated = sum(piece.rows for piece in pieces) - sum(reasons.values()) - rows.num_rows
-        return rows.num_rows, {"list": rows.num_rows, "quarantined": dict(reasons), "repeated_in_list": repeated}
+        if not folder.exists(account):
+            rows, reasons = read_list(pieces, self.finished.config.data, self.candidates.layout, folder)
+            repeated = sum(piece.rows for piece in pieces) - sum(reasons.values()) - rows.num_rows
+            folder.write_parquet(LIST, rows)
+            folder.write_json(account, {
+                "list": rows.num_rows, "quarantined": dict(reasons), "repeated_in_list": repeated,
+            })  # fmt: skip
+        notes = folder.read_json(account)
+        self._check_usable(notes["list"] + notes["repeated_in_list"], notes)
+        return notes["list"], notes
+
+    def _check_usable(self, usable: int, notes: dict[str, Any]) -> None:
+        """Raise where no candidate is usable, or not each of those that are wanted whole."""
+        bad = sum(notes["quarantined"].values())
+        if not bad or (usable and not self.whole):
+            return
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in notes["quarantined"].items())
+        todo = "Correct them or leave them out"
+        if not self.whole:
+            todo = f"They are in {self.request.output}/_quarantine; correct them and give another --output"
+        raise DataError(f"{bad:,} of {bad + usable:,} candidates cannot be scored ({reasons}); expected ids in each "
+                        "row, times as dates or numbers in the log's unit "
+                        f"({self.finished.config.data.time_unit}). {todo}")  # fmt: skip
 
     def _deal(self, pieces: list[Fragment]) -> tuple[Request, list[int], dict[str, Any]]:
         """Deal candidates to shards, unless they lie there from before."""

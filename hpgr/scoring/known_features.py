@@ -1,7 +1,8 @@
 """Features that candidates do not tell, from what the log told last, and what their lists tell of them [D].
 
 A feature of the user is that of the user's last visible event. A feature of an item is that of its last event in the
-run's training time, of whichever user: later events would tell a test what only the future knows.
+run's training time, of whichever user: later events would tell a test what only the future knows. A candidate whose
+moment is not after that event does not know it.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from hpgr.config import Data
+from hpgr.config import Data, Feature
 from hpgr.data.lists import compared_features, list_features
 from hpgr.data.preparation import Execute, Prepared
 from hpgr.data.timelines import features_of
 from hpgr.data.vocabulary import MISSING
-from hpgr.schema import Array, Ints, Timelines
+from hpgr.schema import SECOND, Array, Ints, Timelines
 from hpgr.scoring.pairs import Pairs
 
 KINDS: tuple[tuple[str, float], ...] = (("cat", MISSING), ("num", np.nan))
@@ -27,23 +28,25 @@ KINDS: tuple[tuple[str, float], ...] = (("cat", MISSING), ("num", np.nan))
 
 @dataclass(frozen=True)
 class ItemFeatures:
-    """Last known history features of catalogue items: `cat` [V, F] and `num` [V, G], by item index."""
+    """Last known history features of catalogue items, `cat` [V, F] and `num` [V, G], and since when (`time` [V],
+    microseconds) they are known, by item index."""
 
+    time: Ints
     cat: Array
     num: Array
 
     def to_table(self) -> pa.Table:
         """One row an item index."""
-        columns = [(f"cat{i}", c) for i, c in enumerate(self.cat.T)] + [
-            (f"num{i}", c) for i, c in enumerate(self.num.T)
-        ]
-        return pa.table(dict(columns))
+        columns = {"time": self.time}
+        columns |= {f"{kind}{i}": c for kind, _ in KINDS for i, c in enumerate(getattr(self, kind).T)}
+        return pa.table(columns)
 
     @classmethod
     def from_table(cls, table: pa.Table) -> ItemFeatures:
         parts = {kind: [table[n].to_numpy() for n in table.column_names if n.startswith(kind)] for kind, _ in KINDS}
         empty = np.zeros((table.num_rows, 0))
-        return cls(*(np.stack(parts[kind], 1) if parts[kind] else empty for kind, _ in KINDS))
+        own = (np.stack(parts[kind], 1) if parts[kind] else empty for kind, _ in KINDS)
+        return cls(table["time"].to_numpy(), *own)
 
 
 def learn_item_features(prepared: Prepared, first_item: int, size: int, execute: Execute) -> ItemFeatures:
@@ -52,9 +55,13 @@ def learn_item_features(prepared: Prepared, first_item: int, size: int, execute:
     item, time, cat, num = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     order = np.lexsort((time, item))
     last = order[np.flatnonzero(np.diff(item[order], append=-1))]
-    out = ItemFeatures(np.full((size, cat.shape[1]), MISSING), np.full((size, num.shape[1]), np.nan, np.float32))
     last = last[item[last] >= first_item]
-    out.cat[item[last]], out.num[item[last]] = cat[last], num[last]
+    out = ItemFeatures(
+        time=np.zeros(size, np.int64),
+        cat=np.full((size, cat.shape[1]), MISSING),
+        num=np.full((size, num.shape[1]), np.nan, np.float32),
+    )
+    out.time[item[last]], out.cat[item[last]], out.num[item[last]] = time[last], cat[last], num[last]
     return out
 
 
@@ -69,10 +76,10 @@ def _last_events(bucket: int, prepared: Prepared) -> tuple[Array, Array, Array, 
     return t.h_item[last].astype(np.int64), t.h_time[last], t.h_cat[last], t.h_num[last]
 
 
-def lacks_item_features(data: Data, given: Iterable[str]) -> bool:
-    """Whether the model shows item features that candidates do not tell."""
+def lacking_item_features(data: Data, given: Iterable[str]) -> list[Feature]:
+    """Item features that the model shows and candidates do not tell."""
     shown = [f for kind, _ in KINDS for f in features_of(data.features, "t_", kind)]
-    return any(f.role == "item" and f.name not in given for f in shown)
+    return [f for f in shown if f.role == "item" and f.name not in given]
 
 
 def with_known_features(
@@ -100,7 +107,9 @@ def with_known_features(
                 known = history[np.minimum(last, len(history) - 1), shown.index(feature.name)]
                 values[:, place] = np.where(pairs.visible > 0, known, missing)
             elif feature.role == "item" and items is not None:
-                values[:, place] = getattr(items, kind)[pairs.item, shown.index(feature.name)]
+                known = getattr(items, kind)[pairs.item, shown.index(feature.name)]
+                before = items.time[pairs.item] // SECOND < pairs.time // SECOND
+                values[:, place] = np.where(before, known, missing)
         out[kind] = values
     if lists:
         listed = np.full(len(pairs), -1) if listed is None else listed

@@ -8,7 +8,6 @@ from typing import Any
 
 from hpgr.artifacts import FORMAT, fingerprint
 from hpgr.data.candidates import Layout
-from hpgr.data.sources import Fragment
 
 SHARD_PAIRS = 1 << 16
 """Pairs that a shard should hold: what a crash loses, and what a worker keeps in memory."""
@@ -41,8 +40,7 @@ class Options:
 class Request:
     """All that a worker must know of a job; small, sent to each.
 
-    `run`, `users` (a prepared log) and `output` are URIs, `run_id` the run's weights, `layout` and `lists` the
-    candidates (the latter the pieces of one list for all).
+    `run`, `users` (a prepared log) and `output` are URIs, `run_id` the run's weights, `layout` what candidates tell.
     """
 
     run: str
@@ -54,7 +52,6 @@ class Request:
     shards: int
     options: Options
     layout: Layout | None = None
-    lists: tuple[Fragment, ...] = ()
 
     def part(self, shard: int) -> str:
         """Name of a shard's scores; the request's fingerprint in it keeps jobs apart."""

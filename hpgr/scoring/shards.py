@@ -5,7 +5,6 @@ Legend: U timelines of the shard, P candidates (pairs) of it, L items of a list 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,13 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hpgr.artifacts import Folder
-from hpgr.config import Config, Data
+from hpgr.config import Config
 from hpgr.data.batches import Assembler
-from hpgr.data.candidates import REQUEST_PREFIX, Layout, dealt_rows, distinct, empty_candidates, validate_candidates
+from hpgr.data.candidates import LIST, REQUEST_PREFIX, Layout, dealt_rows, distinct
 from hpgr.data.lists import number_lists
 from hpgr.data.ordering import rank_users, run_starts
 from hpgr.data.preparation import Prepared
-from hpgr.data.sources import Fragment, read
 from hpgr.data.timelines import events_before, feature_arrays, features_of
 from hpgr.data.vocabulary import MISSING, Vocabulary
 from hpgr.schema import ITEM, REQUEST, SECOND, TIME, USER, Array, Floats, Ints, Timelines
@@ -30,9 +28,15 @@ from hpgr.scoring.request import Options, Request
 from hpgr.scoring.retrieval import NONE, Retriever
 
 NO_LAYOUT = Layout("all", False, (), ())
+TIMESTAMP = pa.timestamp("us", "UTC")
 ANCHOR = pa.struct([
-    ("item", pa.string()), ("time", pa.timestamp("us", "UTC")), ("weight", pa.float32()), ("share", pa.float32()),
+    ("item", pa.string()), ("time", TIMESTAMP), ("weight", pa.float32()), ("share", pa.float32()),
 ])  # fmt: skip
+COLUMNS = {"user": pa.string(), "item": pa.string(), "time": TIMESTAMP, "score": pa.float32(), "rank": pa.int32(),
+           "run": pa.string(), "anchors": pa.list_(ANCHOR)}  # fmt: skip
+"""Columns of the scores, without those of requests."""
+NO_TIME = np.iinfo(np.int64).max
+"""Stands for a time that is not given: later than all that are."""
 
 
 class Wanted(NamedTuple):
@@ -53,13 +57,16 @@ class Outcome(NamedTuple):
     account: dict[str, int]
 
 
-def output_schema(layout: Layout, data: Data, options: Options) -> pa.Schema:
-    """Columns of the scores."""
-    columns = [("user", pa.string()), ("item", pa.string())]
-    columns += [("time", pa.timestamp("us", "UTC"))] if layout.time else []
-    columns += [(name, pa.string()) for name in layout.request]
-    columns += [("score", pa.float32()), ("rank", pa.int32()), ("run", pa.string())]
-    return pa.schema(columns + ([("anchors", pa.list_(ANCHOR))] if options.explain else []))
+def request_column(name: str) -> str:
+    """What a request column is called among the scores: as in the log, unless another column has that name."""
+    return REQUEST_PREFIX + name if name in COLUMNS else name
+
+
+def output_schema(layout: Layout, options: Options) -> pa.Schema:
+    """Columns of the scores that a request asks for."""
+    names = ["user", "item", *(["time"] if layout.time else []), *map(request_column, layout.request)]
+    names += ["score", "rank", "run", *(["anchors"] if options.explain else [])]
+    return pa.schema([(name, COLUMNS.get(name, pa.string())) for name in names])
 
 
 @dataclass(frozen=True)
@@ -124,12 +131,11 @@ class Shards:
         row = pc.fill_null(found, len(timelines) - 1).to_numpy().astype(np.int64)
         asked = rows.column(REQUEST).to_numpy()
         group = run_starts(user, asked)
-        own = pc.fill_null(rows.column(TIME), request.options.at).to_numpy().astype(np.int64)
-        time = _list_times(asked, group, own)
+        own, time = _moments(rows.column(TIME), asked, group, request.options.at)
         encoded = self._encoded(rows)
         names = {"user": rows.column(USER), "item": rows.column(ITEM)}
-        names |= {"time": pa.array(time, pa.timestamp("us", "UTC"))} if layout.time else {}
-        names |= {name: rows.column(REQUEST_PREFIX + name) for name in layout.request}
+        names |= {"time": rows.column(TIME).cast(TIMESTAMP)} if layout.time else {}
+        names |= {request_column(name): rows.column(REQUEST_PREFIX + name) for name in layout.request}
         listed = np.where(asked != 0, number_lists(user, asked, own // SECOND), -1)
         return Wanted(pa.table(names), self._pairs(timelines, row, time, *encoded, listed), group, duplicates)
 
@@ -146,8 +152,7 @@ class Shards:
 
     def common_list(self) -> tuple[pa.Table, Array, Array, Array]:
         """The list for all users, each item once, with its encoded items and features."""
-        assert self.request.layout is not None
-        rows, _ = read_list(self.request.lists, self.config.data, self.request.layout)
+        rows = Folder(self.request.output).read_parquet(LIST).combine_chunks()
         return rows, *self._encoded(rows)
 
     def _retrieved(self, assembler: Assembler) -> Wanted:
@@ -203,11 +208,11 @@ class Shards:
             table = table.append_column("anchors", self._anchor_lists(anchors))
         table = table.take(pa.array(order)).append_column("rank", pa.array(rank, pa.int32()))
         table = table.append_column("run", pa.array([self.request.run_id] * len(rank), pa.string()))
-        schema = output_schema(self.request.layout or NO_LAYOUT, self.config.data, self.request.options)
+        schema = output_schema(self.request.layout or NO_LAYOUT, self.request.options)
         return table.select(schema.names).cast(schema)
 
     def _anchor_lists(self, anchors: Anchors) -> pa.Array:
-        columns = [self._item_names(anchors.item), pa.array(anchors.time, pa.timestamp("us", "UTC")),
+        columns = [self._item_names(anchors.item), pa.array(anchors.time, TIMESTAMP),
                    pa.array(anchors.weight, pa.float32()), pa.array(anchors.share, pa.float32())]  # fmt: skip
         structs = pa.StructArray.from_arrays(columns, fields=list(ANCHOR))
         offsets = np.concatenate([[0], np.cumsum(anchors.lengths)])
@@ -227,27 +232,17 @@ def vector_column(values: Array) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(pa.array(np.ravel(values), pa.float32()), values.shape[1])
 
 
-def read_list(
-    fragments: Iterable[Fragment], data: Data, layout: Layout
-) -> tuple[pa.Table, list[tuple[Fragment, pa.Table]]]:
-    """Canonical rows of one list for all, each once, and the unusable rows of each fragment."""
-    parts, bad = [empty_candidates(data, layout)], []
-    for fragment in fragments:
-        for raw, first in read(fragment, layout.columns(data)):
-            rows, quarantined, _ = validate_candidates(raw, first, data, layout)
-            parts.append(rows.cast(parts[0].schema))
-            bad.append((fragment, quarantined))
-    rows = pa.concat_tables(parts).combine_chunks()
-    return distinct(rows, np.zeros(rows.num_rows, np.int64))[0], bad
-
-
-def _list_times(request: Ints, group: Ints, time: Ints) -> Ints:
-    """Moment of each candidate: its own `time`; of a request, its earliest row's, as in preparation."""
+def _moments(given: pa.ChunkedArray, request: Ints, group: Ints, at: int) -> tuple[Ints, Ints]:
+    """Each candidate's own time, and the moment that it is scored at: of a request, its earliest row's, as in
+    preparation. A row of a request that gives no time has its request's earliest; where there is none either, `at`."""
+    own = pc.fill_null(given, NO_TIME).to_numpy().astype(np.int64)
     first = np.flatnonzero(group == np.arange(len(group)))
-    if not len(first):
-        return time
-    earliest = np.repeat(np.minimum.reduceat(time, first), np.diff(np.append(first, len(group))))
-    return np.where(request != 0, earliest, time)
+    earliest = own
+    if len(first):
+        earliest = np.repeat(np.minimum.reduceat(own, first), np.diff(np.append(first, len(group))))
+    moment = np.where(request != 0, earliest, own)
+    moment = np.where(moment == NO_TIME, at, moment)
+    return np.where(own == NO_TIME, moment, own), moment
 
 
 def _visible(timelines: Timelines, row: Ints, time: Ints) -> Ints:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -67,7 +68,7 @@ class Scorer:
         finished = open_finished(self._run, self._prepared)
         self.id, self.config = finished.id, finished.config
 
-    def score(self, candidates: Table, at: str | None = None, explain: bool = False) -> Table:
+    def score(self, candidates: Table, at: str | datetime | None = None, explain: bool = False) -> Table:
         """Probabilities of a click.
 
         Args:
@@ -76,10 +77,13 @@ class Scorer:
             explain: with the past events behind each score, column `anchors`.
 
         Returns:
-            columns user, item, (time, request columns,) score, rank and run, of the kind that was given.
+            columns user, item, (time, request columns,) score, rank and run, of the kind that was given. A user's
+            rows are together, by request and rank, not in the order of `candidates`: join by user, item, time and
+            request. Rows alike in these and in features are scored once; an empty list has no rows.
 
         Raises:
-            HpgrError: the columns are not those of candidates.
+            DataError: the columns are not those of candidates, or a row cannot be used.
+            HpgrError: `at` is no moment of the log, or the log's timelines are gone.
         """
         arrow = isinstance(candidates, pa.Table)
         with tempfile.TemporaryDirectory(prefix="hpgr-candidates-") as folder:
@@ -89,7 +93,7 @@ class Scorer:
         return scores if arrow else scores.to_pandas()
 
     def top_n(
-        self, n: int, users: Sequence[str] | None = None, at: str | None = None, drop_seen: bool = False
+        self, n: int, users: Sequence[str] | None = None, at: str | datetime | None = None, drop_seen: bool = False
     ) -> pd.DataFrame:
         """The n items of most probable clicks, of those that stage 1 retrieves, for users of the run's log.
 
@@ -112,11 +116,12 @@ class Scorer:
         """Write the ranker for `torch.export.load`, with a manifest of its inputs; see `hpgr.scoring.export`."""
         return export_run(open_finished(self._run, self._prepared), str(path))
 
-    def _scored(self, score: job.Score, **wish: Any) -> pa.Table:
+    def _scored(self, score: job.Score, at: str | datetime | None, **wish: Any) -> pa.Table:
         """The scores of a batch job in a temporary folder."""
         with tempfile.TemporaryDirectory(prefix="hpgr-scores-") as folder:
-            asked = job.Wish(run=self._run, output=folder, prepared=self._prepared, **wish)
-            job.batch_score(asked, in_process, score, self._say)
+            moment = None if at is None else str(at)
+            asked = job.Wish(run=self._run, output=folder, prepared=self._prepared, at=moment, **wish)
+            job.batch_score(asked, in_process, score, self._say, whole=True)  # a table is its owner's to correct
             return ds.dataset(folder).to_table()
 
     def _shards(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
@@ -197,7 +198,10 @@ def test_a_feed_whose_rows_come_seconds_apart_is_scored_as_evaluated(tmp_path: P
     assert finished.run.sizes().t_num == ("place",)
     shown = feed.filter(pc.is_valid(log["slot"])).drop_columns(["clicked", "event"])
     _, ours = batch(finished, tmp_path / "out", candidates=write(tmp_path / "pairs.parquet", shown))
-    theirs = evaluated(finished)
+    frame = ours.to_pandas()  # each row bears its own time, evaluation's that of its list
+    assert sorted(frame["time"].map(pd.Timestamp.timestamp)) == sorted(shown["timestamp"].to_pylist())
+    frame["time"] = frame.groupby(["user", "list_id"])["time"].transform("min")
+    ours, theirs = pa.Table.from_pandas(frame, ours.schema, preserve_index=False), evaluated(finished)
     moments = theirs["time"].cast(pa.timestamp("us", "UTC"))
     theirs = theirs.set_column(theirs.column_names.index("time"), "time", moments)
     rows = set(zip(*(theirs[name].to_pylist() for name in ("user", "time", "item")), strict=True))

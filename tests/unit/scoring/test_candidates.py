@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from helpers_model import LOG, tiny
 from helpers_scoring import write
@@ -13,7 +15,7 @@ from helpers_scoring import write
 from hpgr.artifacts import Folder
 from hpgr.config import Data
 from hpgr.data import candidates
-from hpgr.data.candidates import candidates_in, deal, dealt_rows, find_candidates
+from hpgr.data.candidates import candidates_in, deal, dealt_rows, find_candidates, validate_candidates
 from hpgr.errors import DataError
 from hpgr.scoring.request import Options
 
@@ -61,6 +63,38 @@ def test_files_of_different_forms_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "c/2.parquet", {"item_id": ["x"]})
     with pytest.raises(DataError, match="files of one form"):
         find_candidates([str(tmp_path / "c")], DATA)
+
+
+def naming_lists_by(*request: str) -> Data:
+    return DATA.model_copy(update={"columns": DATA.columns.model_copy(update={"request": list(request)})})
+
+
+def test_request_columns_are_given_all_or_none(tmp_path: Path) -> None:
+    """A time that is also part of a list's name is no list."""
+    listed = write(tmp_path / "listed.parquet", PAIRS | {"list_id": ["l", "m"]})
+    with pytest.raises(DataError, match=r"names a list by list_id, page, .* no column 'page'; .* leave list_id out"):
+        find_candidates([listed], naming_lists_by("list_id", "page"))
+    timed = write(tmp_path / "timed.parquet", PAIRS | {"timestamp": [1, 2]})
+    assert find_candidates([timed], naming_lists_by("list_id", "timestamp")).layout.request == ()
+
+
+@pytest.mark.parametrize("entries", ["item_id.list.element", "item_id.bag.array", "item_id.array", "item_id"])
+def test_entries_of_lists_are_counted_in_every_encoding(entries: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pyarrow reads all of them, but writes the first alone."""
+    paths = ["user_id", "item_id_2", entries]
+    group = SimpleNamespace(column=lambda i: SimpleNamespace(num_values=7 if paths[i] == entries else 0))
+    schema = SimpleNamespace(column=lambda i: SimpleNamespace(path=paths[i]))
+    metadata = SimpleNamespace(num_columns=len(paths), schema=schema, row_group=lambda _: group)
+    monkeypatch.setattr(candidates, "open_parquet", lambda _: SimpleNamespace(metadata=metadata))
+    piece: Any = SimpleNamespace(file=None, first=0, last=2)
+    assert candidates_in(piece, DATA) == 14
+
+
+def test_an_unusable_entry_of_a_list_is_kept_with_its_row_of_the_file() -> None:
+    lists = pa.array([["a", "b", "c"], [], [None, "d"]], pa.list_(pa.string()))
+    layout = candidates.Layout("lists", False, (), ())
+    rows, bad, empty = validate_candidates(pa.table({"user_id": ["x", "y", "z"], "item_id": lists}), 10, DATA, layout)
+    assert (rows.num_rows, bad["row"].to_pylist(), empty) == (4, [12], 1)
 
 
 def test_a_file_that_is_no_parquet_is_refused(tmp_path: Path) -> None:

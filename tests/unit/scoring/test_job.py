@@ -18,6 +18,7 @@ from helpers_model import CPU, quiet
 from helpers_scoring import batch, finished_run, impressions, item_ids, raw_log, score_here, scores_in, write
 
 from hpgr.artifacts import Folder
+from hpgr.data.new_log import prepare_new
 from hpgr.data.preparation import Prepared, in_process
 from hpgr.data.stream import LocalSource
 from hpgr.errors import ArtifactError, ConfigError, DataError, HpgrError
@@ -148,6 +149,37 @@ def test_a_pair_asked_for_twice_is_written_once_and_counted(ask: Ask, users: lis
     assert len(set(table["time"].to_pylist())) == 2
 
 
+def test_a_row_without_a_time_has_the_earliest_of_its_request(
+    ask: Ask, finished: Finished, users: list[str], items: list[str]
+) -> None:
+    """Of its own list alone; of no list, the job's moment. The output's times are as given."""
+    at = finished.run.prepared.manifest["account"]["last_time"] // 10**6 + 1
+    later = at + 10**7
+    asked = {"user_id": [users[0]] * 5, "item_id": sorted(items)[:5], "list_id": ["a", "a", "a", "b", None]}
+
+    def scored(*times: int | None) -> pa.Table:
+        return ask(asked | {"timestamp": pa.array(times, pa.int64())})[1].sort_by("item")
+
+    given = scored(None, later, later + 5, None, None)
+    seconds = [t and int(t.timestamp()) for t in given["time"].to_pylist()]
+    assert seconds == [None, later, later + 5, None, None]
+    told, moved = scored(later, later, later + 5, at, at), scored(at, later, later + 5, at, at)
+    np.testing.assert_allclose(given["score"].to_numpy(), told["score"].to_numpy(), rtol=0, atol=1e-6)
+    assert np.abs(moved["score"].to_numpy() - told["score"].to_numpy())[:3].min() > 1e-6
+
+
+def test_request_columns_may_bear_the_outputs_names(tmp_path: Path) -> None:
+    log = raw_log(finished_run(tmp_path / "plain").run)
+    names = {"list_id": "score", "user_id": "user"}
+    path = write(tmp_path / "log.parquet", log.rename_columns([names.get(n, n) for n in log.column_names]))
+    columns = {"user": "user", "request": ["user", "score"]}
+    finished = finished_run(tmp_path / "run", data={"path": path, "columns": columns})
+    asked = write(tmp_path / "c.parquet", {"user": ["u", "u"], "item_id": ["x", "y"], "score": ["l", "l"]})
+    table = batch(finished, tmp_path / "out", candidates=asked)[1]
+    assert table.column_names == ["user", "item", "request:user", "request:score", "score", "rank", "run"]
+    assert table["request:score"].to_pylist() == ["l", "l"]
+
+
 def test_unusable_candidates_are_quarantined_with_the_reason(
     finished: Finished, tmp_path: Path, users: list[str], items: list[str]
 ) -> None:
@@ -159,6 +191,18 @@ def test_unusable_candidates_are_quarantined_with_the_reason(
     kept = ds.dataset(str(tmp_path / "out/_quarantine")).to_table()
     assert sorted(kept["row"].to_pylist()) == [1, 2, 3]
     assert any("2 null user id" in line for line in account_lines(summary))
+
+
+@pytest.mark.parametrize("columns", [{"user_id": ["u", "v"], "item_id": [None, ""]}, {"item_id": [None, ""]}])
+def test_candidates_of_which_none_is_usable_are_no_success(
+    finished: Finished, tmp_path: Path, columns: dict[str, Any]
+) -> None:
+    pairs = write(tmp_path / "c.parquet", columns)
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"2 of 2 candidates cannot be scored \(2 null item id\).*_quarantine"):
+            batch(finished, tmp_path / "out", candidates=pairs)
+    assert not (tmp_path / "out/_SUCCESS").exists()
+    assert ds.dataset(str(tmp_path / "out/_quarantine")).count_rows() == 2
 
 
 def test_a_long_list_in_small_micro_batches(
@@ -371,6 +415,20 @@ def test_a_shard_that_was_lost_is_scored_again(
     assert scores_in(tmp_path / "out").equals(expected)
 
 
+def test_one_list_for_all_is_read_once(finished: Finished, tmp_path: Path, items: list[str]) -> None:
+    """Another list takes its file while shards are scored: all of them have the first."""
+    path = write(tmp_path / "items.parquet", {"item_id": items[:2]})
+
+    def replaced(request: Any, missing: list[int], expected: Any) -> int:
+        first = score_here(request, missing[:1], expected)
+        write(Path(path), {"item_id": items[2:4]})
+        return first + score_here(request, missing[1:], expected)
+
+    wish = Wish(run=finished.run.folder.uri, output=str(tmp_path / "out"), candidates=path, shard_pairs=20)
+    batch_score(wish, in_process, replaced, quiet)
+    assert set(scores_in(tmp_path / "out")["item"].to_pylist()) == set(items[:2])
+
+
 def test_pairs_that_do_not_add_up_are_no_success(
     finished: Finished, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -417,8 +475,14 @@ def test_a_folder_with_other_files_is_refused(finished: Finished, pairs: str, tm
         ({"top_n": 5, "retrieve": 3}, ConfigError, "--retrieve 3 is less"),
         ({"candidates": "nowhere.parquet"}, DataError, "--candidates nowhere.parquet"),
         ({"candidates": "nowhere.parquet", "measure": True}, ConfigError, "--top-n"),
+        ({"candidates": "nowhere.parquet", "drop_seen": True}, ConfigError, "--drop-seen and --retrieve choose"),
+        ({"candidates": "nowhere.parquet", "retrieve": 9}, ConfigError, "--drop-seen and --retrieve choose"),
         ({"top_n": 5, "resume": True}, ConfigError, "there is no job"),
         ({"top_n": 5, "at": "yesterday"}, ConfigError, "expected a date"),
+        ({"top_n": 5, "at": "20240201", "users": "nowhere"}, ConfigError, "20240201.*from 1990-01-01 00:00:00 on"),
+        ({"top_n": 5, "at": "1e30"}, ConfigError, "1e30.*expected a date"),
+        ({"top_n": 5, "at": "inf"}, ConfigError, "inf.*expected a date"),
+        ({"top_n": 5, "at": "nan"}, ConfigError, "nan.*expected a date"),
         ({"top_n": 5, "run": "nowhere"}, ArtifactError, "there is no run"),
         ({"top_n": 5, "users": "nowhere"}, DataError, "--users nowhere"),
     ],
@@ -473,9 +537,14 @@ def test_a_run_folder_is_enough_for_new_users(tmp_path: Path) -> None:
 
 def test_a_run_knows_where_its_log_is(tmp_path: Path) -> None:
     finished = finished_run(tmp_path)
-    moved = tmp_path / "elsewhere"
+    moved = tmp_path / "elsewhere/log"
+    moved.parent.mkdir()
     shutil.move(finished.run.prepared.folder.uri, moved)
     with pytest.raises(ArtifactError, match="name the prepared log with --prepared"):
         open_finished(finished.run.folder.uri)
     Prepared.open(Folder(str(moved))).keep(finished.run.folder.sub("prepared"))
-    assert open_finished(finished.run.folder.uri).run.prepared.folder.uri == str(moved)
+    again = open_finished(finished.run.folder.uri)
+    assert again.run.prepared.folder.uri == str(moved)
+    new = write(tmp_path / "new/log.parquet", raw_log(finished.run))
+    users = prepare_new(again.config.data, again.run.prepared, [new], in_process, quiet)
+    assert Path(users.folder.uri).parent == moved.parent  # beside the log, wherever the job runs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 from helpers_model import LOG
 from helpers_scoring import batch, finished_run, raw_log, write
 
-from hpgr.scoring.finished import Finished
+from hpgr.errors import ArtifactError
+from hpgr.scoring.finished import Finished, open_finished
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +47,42 @@ def test_features_of_the_item_come_from_its_last_training_event(branded: Finishe
     np.testing.assert_allclose(
         top.sort_by([("user", "ascending"), ("item", "ascending")])["score"].to_numpy(), right, rtol=0, atol=1e-6
     )
+
+
+def test_features_of_the_item_are_unknown_until_its_event(branded: Finished, tmp_path: Path) -> None:
+    """In the log's first second, nothing is known of any item."""
+    items = branded.run.prepared.vocabulary().items["value"].to_pylist()
+    first = branded.run.prepared.manifest["account"]["first_time"] // 10**6
+    pairs = {"user_id": ["u"] * len(items), "item_id": items, "timestamp": [first] * len(items)}
+    missing = {"brand": pa.nulls(len(items), pa.string()), "price": pa.nulls(len(items), pa.float64())}
+    told = {"brand": [f"b{int(i[1:]) % 5}" for i in items], "price": [int(i[1:]) * 1.5 for i in items]}
+    silent, unknown, known = (
+        batch(branded, tmp_path / name, candidates=write(tmp_path / f"{name}.parquet", pairs | columns))[1]
+        .sort_by("item")["score"]
+        .to_numpy()
+        for name, columns in (("silent", {}), ("missing", missing), ("told", told))
+    )
+    np.testing.assert_allclose(silent, unknown, rtol=0, atol=1e-6)
+    assert np.abs(silent - known).max() > 1e-3
+
+
+def test_a_run_folder_alone_says_which_features_it_lacks(branded: Finished, tmp_path: Path) -> None:
+    """Before the users' log is prepared; with the prepared log, where it is now, or the features, it goes on."""
+    log, items = write(tmp_path / "new/log.parquet", raw_log(branded.run)), ["i00001", "i00002"]
+    asked = {"users": log, "candidates": write(tmp_path / "items.parquet", {"item_id": items})}
+    told = {"item_id": items, "brand": ["b1", "b2"], "price": [1.5, 3.0]}
+    place, moved = Path(branded.run.prepared.folder.uri), tmp_path / "moved/log"
+    branded.run.prepared.keep(branded.run.folder.sub("prepared"))
+    shutil.copytree(place, moved)
+    hidden = place.rename(place.with_name("hidden"))
+    (hidden / "manifest.json").rename(hidden / "kept.json")
+    try:
+        alone = open_finished(branded.run.folder.uri)
+        with pytest.raises(ArtifactError, match=r"item features brand, price .* --prepared DIR"):
+            batch(alone, tmp_path / "out", **asked)
+        assert not (tmp_path / "out").exists()
+        batch(alone, tmp_path / "told", users=log, candidates=write(tmp_path / "told.parquet", told))
+        batch(alone, tmp_path / "out", prepared=str(moved), **asked)
+    finally:
+        (hidden / "kept.json").rename(hidden / "manifest.json")
+        hidden.rename(place)

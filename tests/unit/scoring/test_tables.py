@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,7 +16,7 @@ import pytest
 from helpers_scoring import assert_same, batch, evaluated, finished_run, impressions, write
 
 import hpgr
-from hpgr.errors import ArtifactError, HpgrError
+from hpgr.errors import ArtifactError, DataError, HpgrError
 from hpgr.scoring.finished import Finished
 
 
@@ -46,8 +49,15 @@ def test_the_moment_decides_what_is_seen(finished: Finished) -> None:
     scorer = hpgr.Scorer(finished.run.folder.uri)
     user = finished.run.prepared.timelines(0)["user"][0].as_py()
     pairs = pa.table({"user_id": [user] * 3, "item_id": ["1", "2", "3"]})
-    now, before = (scorer.score(pairs, at=at)["score"].to_numpy() for at in (None, "1999-01-01"))
-    assert not np.allclose(now, before)
+    moments = (
+        None,
+        "1999-01-01",
+        pd.Timestamp("1999-01-01"),
+        datetime(1999, 1, 1, 1, tzinfo=timezone(timedelta(hours=1))),
+    )
+    now, *before = (scorer.score(pairs, at=at)["score"].to_numpy() for at in moments)
+    assert not np.allclose(now, before[0])
+    assert all(np.array_equal(scores, before[0]) for scores in before)
 
 
 def test_faults_are_told(finished: Finished, tmp_path: Path) -> None:
@@ -55,6 +65,20 @@ def test_faults_are_told(finished: Finished, tmp_path: Path) -> None:
         hpgr.Scorer(str(tmp_path))
     with pytest.raises(HpgrError, match="item_id"):
         hpgr.Scorer(finished.run.folder.uri).score(pd.DataFrame({"user": ["u"]}))
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "words"),
+    [
+        ("item_id", ["1", None, "3"], "1 of 3 candidates cannot be scored (1 null item id)"),
+        ("timestamp", [1.7e12] * 3, "3 of 3 candidates cannot be scored (3 time outside data.earliest"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_an_error(finished: Finished, column: str, values: list[Any], words: str) -> None:
+    """Milliseconds in a log of seconds are one."""
+    table = pa.table({"user_id": ["u"] * 3, "item_id": ["1", "2", "3"]} | {column: values})
+    with pytest.raises(DataError, match=re.escape(words)):
+        hpgr.Scorer(finished.run.folder.uri).score(table)
 
 
 def test_top_n_of_some_users_is_theirs_of_all(finished: Finished, tmp_path: Path) -> None:
