@@ -11,7 +11,7 @@ from hpgr.data.hashing import combine, uniform
 from hpgr.data.masks import session_masks
 from hpgr.data.sessions import session_numbers
 from hpgr.data.windows import Windows
-from hpgr.schema import Array, Batch, Ints, Timelines, offsets_of, ranges
+from hpgr.schema import SECOND, Array, Batch, Ints, Timelines, offsets_of, ranges
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,10 @@ def next_item_batch(assembler: Assembler, windows: Windows) -> Batch:
 
 
 def query_batch(assembler: Assembler, windows: Windows, truth: Array, moment: int = 0) -> Batch:
-    """Histories as next-item queries: after each, a hidden event at the time of its last event.
+    """Histories as next-item queries: after each, a hidden event a second after its last event.
 
-    The hidden event belongs to the last session and sees the whole history; `truth` [W] is its item. After no
+    That is the shortest gap that training knows between an event and what it sees [D]. The hidden event belongs to
+    the last session and sees the whole history; `truth` [W] is its item. After no
     history at all it is at `moment` (microseconds). The distinct items of the user's whole past (not only the
     window) come as the impressions' items, for filtering.
     """
@@ -125,9 +126,9 @@ def query_batch(assembler: Assembler, windows: Windows, truth: Array, moment: in
     def append(values: Array, last: Array) -> Array:
         return np.insert(values, ends, last, axis=0)
 
-    def repeat(values: Array, otherwise: int) -> Array:
+    def repeat(values: Array, otherwise: int, later: int = 0) -> Array:
         out = np.full(len(batch), otherwise, np.int64)
-        out[some] = values[ends[some] - 1]
+        out[some] = values[ends[some] - 1] + later
         return out
 
     n = len(batch)
@@ -136,7 +137,7 @@ def query_batch(assembler: Assembler, windows: Windows, truth: Array, moment: in
         batch,
         h_lengths=batch.h_lengths + 1,
         h_item=append(batch.h_item, truth),
-        h_time=append(batch.h_time, repeat(batch.h_time, moment)),
+        h_time=append(batch.h_time, repeat(batch.h_time, moment, SECOND)),
         h_action=append(batch.h_action, np.zeros(n)),
         h_visible=append(batch.h_visible, batch.h_lengths),
         h_session=append(batch.h_session, repeat(batch.h_session, 0)),

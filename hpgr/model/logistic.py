@@ -31,7 +31,8 @@ class LogisticClick(ClickModel):
         self.features = Features(sizes, 1)
         self.gap = nn.Embedding(config.model.time_buckets + 1, 1)
         self.popular = nn.Linear(2, 1)
-        nn.init.zeros_(self.gap.weight)
+        for table in (self.gap.weight, *self.features.tables.parameters()):
+            nn.init.zeros_(table)
         nn.init.constant_(self.popular.bias, math.log(sizes.base_rate / (1 - sizes.base_rate)))
         self.register_buffer("popularity", torch.zeros(sizes.items, 2))
 
@@ -40,7 +41,8 @@ class LogisticClick(ClickModel):
         counts = np.stack([items.column(name).to_numpy() for name in ("count", "shown")], 1).astype(np.float64)
         logs = np.log1p(np.concatenate([np.zeros((self.first_item, 2)), counts]))
         known = logs[self.first_item :]
-        scale = np.maximum(known.std(0), 1e-6) if len(known) else 1.0
+        spread = known.std(0) if len(known) else np.zeros(2)
+        scale = np.where(spread > 1e-6, spread, 1.0)  # counts that are alike tell nothing of unknown items
         standard = (logs - known.mean(0)) / scale if len(known) else logs
         self.popularity.copy_(torch.from_numpy(standard).float())
 

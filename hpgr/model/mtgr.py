@@ -136,9 +136,10 @@ class MtgrClick(TokenClick):
 
     def _of_candidates(self, x: Inputs) -> tuple[Tensor, Tensor]:
         """Visible events and open session of each candidate: that of the last visible event, or one after it if the
-        candidate comes more than a session gap later."""
+        candidate's second begins more than a session gap later. Events inside that second, which it does not see, are
+        then past the gap, too, so that a session that is closed holds none of them."""
         last = (x.c_visible - 1).clamp(min=0)
-        over = x.c_time - x.h_time.gather(1, last) > self.gap
+        over = x.c_time // SECOND * SECOND - x.h_time.gather(1, last) > self.gap
         return x.c_visible, x.h_session.gather(1, last) + over.long()
 
 

@@ -47,8 +47,8 @@ def from_first(value: T) -> T:
 
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     """The model with gradients averaged over workers. Some parameters have no part in stage 1 (features that only
-    candidates show), so unused ones must be looked for."""
+    candidates show), so unused ones must be looked for; buffers are made alike by all and never change."""
     if world() == 1:
         return model
     ids = [device.index or 0] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, find_unused_parameters=True)
+    return DistributedDataParallel(model, device_ids=ids, find_unused_parameters=True, broadcast_buffers=False)

@@ -257,7 +257,7 @@ class _Loop:
         p, stage = self.progress, self.stage
         pace = self._take()
         self.model.eval()
-        with torch.no_grad(), self.context.autocast():
+        with torch.no_grad():  # in float32, as tests and scoring
             figures = stage.validate(self.context.source, self.context.device)
         value = figures.get(stage.metric)
         better = value is not None and (p.best is None or value > p.best)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from hpgr.config import Config, Optimiser
 from hpgr.data.stream import Source, StreamSpec
 from hpgr.evaluation import click_scores, rank_next_items, score
-from hpgr.metrics import ClickScores
 from hpgr.model.asvd import TABLES as ASVD_TABLES
 from hpgr.model.base import ITEM_TABLE, Negatives
 from hpgr.model.embedding import Sizes
@@ -88,5 +88,6 @@ class ClickStage:
         return {}
 
     def validate(self, source: Source, device: torch.device) -> dict[str, float | int | None]:
-        own = click_scores(score(self.model, source.evaluation(self.validation), device))
-        return ClickScores.merge(distributed.gather(own)).compute()
+        scored = score(self.model, source.evaluation(self.validation), device)
+        own = scored.select(["score", "label", "user_hash", "request"])
+        return click_scores(pa.concat_tables(distributed.gather(own))).compute()  # all refuse what one of them would

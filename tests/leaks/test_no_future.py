@@ -31,6 +31,7 @@ from helpers_model import (
 )
 
 from hpgr.data.preparation import in_process, prepare
+from hpgr.data.sessions import session_numbers
 from hpgr.data.stream import LocalSource
 from hpgr.evaluation import score
 from hpgr.model.base import ClickModel
@@ -410,3 +411,19 @@ def test_two_logs_equal_until_a_moment_of_the_test_split_score_alike_before_it(
     assert ours.num_rows > 10
     assert ours.drop_columns(["score"]).equals(theirs.drop_columns(["score"]))
     np.testing.assert_allclose(ours["score"].to_numpy(), theirs["score"].to_numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_session_that_the_candidates_second_may_yet_prolong_is_open(model: ClickModel) -> None:
+    """The last visible event is a session gap and half a second back, and one that the candidate does not see comes in
+    its own second within the gap: what follows that one must not be told by the session they all are in."""
+    gap = tiny().stream.session_gap_minutes * 60 * SECOND
+    start, moment = 10**6 * SECOND, 10**6 * SECOND + int(gap) + 300_000
+    time = np.array([start - 3 * int(gap), start, start + int(gap), moment + 200_000, moment + 60 * SECOND])
+    seen = (time[None] // SECOND < time[:, None] // SECOND).sum(1)
+    batch = replace(
+        random_batch(1, 5, 1, seed=1), h_time=time, h_session=session_numbers(time, np.array([0, 5]), gap / 6e7),
+        h_visible=seen, t_time=np.array([moment]), t_visible=np.array([2]),
+    )  # fmt: skip
+    future = np.arange(5) > 2
+    before = scores(model, inputs(batch))
+    assert torch.equal(scores(model, inputs(scrambled_history(batch, future, later=False))), before)

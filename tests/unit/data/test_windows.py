@@ -95,3 +95,11 @@ def test_other_splits_still_end_before_their_first_second(prepare_log: Make, con
     assert np.unique(t.t_split[t.t_time == t.t_time[-1]]).tolist() != [TRAIN]
     for name in ("validation", "test"):
         assert query(prepared, config, tmp_path / name, name, "user_fraction").h_lengths.tolist() == [3 + 1]
+
+
+def test_a_query_comes_a_second_after_its_history(prepare_log: Make, config: Make, tmp_path: Path) -> None:
+    """As near as training knows events to be to those that they see; after no history it is at the moment given."""
+    prepared = prepare_log(EARLY + page("x", "y"), split=LEFT)
+    t = timelines(prepared)
+    batch = query(prepared, config, tmp_path, "test")
+    assert batch.h_time[-1] == t.h_time[batch.h_lengths[0] - 2] + 1_000_000

@@ -143,3 +143,17 @@ def test_logistic_weights_add_up(logistic: LogisticClick) -> None:
         before = logistic(inputs(batch)).scores
         numbers = logistic(inputs(replace(batch, t_num=batch.t_num + 1))).scores
     torch.testing.assert_close(numbers - before, (numbers - before)[0, 0].expand_as(before), rtol=1e-4, atol=1e-4)
+
+
+def test_logistic_starts_from_the_base_rate() -> None:
+    """Values that training never shows keep what they begin with."""
+    model = LogisticClick(tiny(model={"name": "logistic"}), SIZES)
+    assert all((table == 0).all() for table in model.features.tables.parameters())
+    assert model.features.tables
+
+
+def test_logistic_knows_nothing_of_unknown_items_where_counts_are_alike() -> None:
+    model = LogisticClick(tiny(model={"name": "logistic"}), SIZES)
+    n = SIZES.items - SIZES.first_item
+    model.know_items(pa.table({"count": np.full(n, 9), "shown": np.full(n, 9)}))
+    assert model.popularity.abs().max() < 10
