@@ -38,7 +38,7 @@ SECOND = 1_000_000
 
 # Canonical columns of a validated log, one row an input row.
 USER, ITEM, TIME = "user", "item", "time"
-LABEL, ACTION, REQUEST, ORDER = "label", "action", "request", "order"
+LABEL, ACTION, REQUEST, ORDER, ORDER_DIGITS = "label", "action", "request", "order", "order_digits"
 IN_HISTORY, IS_TARGET, IS_SHOWN, SOURCE = "in_history", "is_target", "is_shown", "source"
 FEATURE_PREFIX = "feature:"
 LIST_PREFIX = "list:"

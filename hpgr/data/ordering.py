@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from hpgr.data.hashing import combine, hash_items, hash_text, spelled_once, value_keys
-from hpgr.schema import IS_SHOWN, ITEM, ORDER, TIME, USER, Array, Ints
+from hpgr.schema import IS_SHOWN, ITEM, ORDER, ORDER_DIGITS, TIME, USER, Array, Ints
 
 
 def order_rows(table: pa.Table) -> tuple[pa.Table, int]:
@@ -38,7 +38,7 @@ def tie_keys(table: pa.Table) -> list[Array]:
 
     Content is every mapped value but user, item and time; rows that agree in all keys are the same row.
     """
-    order = [table.column(ORDER).to_numpy()] if ORDER in table.column_names else []
+    order = [table.column(name).to_numpy() for name in (ORDER, ORDER_DIGITS) if name in table.column_names]
     others = [name for name in table.column_names if name not in (USER, ITEM, TIME, IS_SHOWN)]
     return [*order, hash_items(table.column(ITEM)), combine(*(value_keys(table.column(name)) for name in others))]
 

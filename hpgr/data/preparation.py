@@ -33,7 +33,7 @@ from hpgr.data import split as splits
 from hpgr.data.hashing import hash_text
 from hpgr.data.lists import LATE, list_columns
 from hpgr.data.ordering import order_rows
-from hpgr.data.sources import Fragment, find_files, fragments, inputs_fingerprint, read
+from hpgr.data.sources import RAW_LINE, Fragment, find_files, fragments, inputs_fingerprint, read
 from hpgr.data.synthetic import LOG_COLUMNS, write_log
 from hpgr.data.timelines import column_names, encode, training_rows, write_timelines
 from hpgr.data.validation import empty_rows, needed_columns, validate
@@ -201,7 +201,7 @@ class Job:
 
     def run(self, pieces: Sequence[Fragment]) -> dict[str, Any]:
         """All passes in order; returns the manifest without its name."""
-        account, sorts = self.order(pieces, self.data.split.by == "time_fraction")
+        account, sorts = self.order(pieces, self.data.split.by == "time_fraction", whole=True)
         every = range(self.buckets)
         cuts = self._cut_offs(sorts)
         counts = list(
@@ -248,19 +248,32 @@ class Job:
                      "data.vocabulary.oov_buckets")  # fmt: skip
         return counts
 
-    def order(self, pieces: Sequence[Fragment], hours: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def order(
+        self, pieces: Sequence[Fragment], hours: bool, whole: bool = False
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Scan and sort: every row is then in an ordered bucket, in quarantine or a duplicate.
 
-        Returns the account and what `sort` told of each bucket.
+        `whole` asks that each mapped column is somewhere in the log. Returns the account and what `sort` told of each
+        bucket.
         """
         deal = partial(scan, data=self.data, folder=self.folder, buckets=self.buckets)
-        account = self._scanned(list(self.execute("scan", deal, pieces)))
+        scans = list(self.execute("scan", deal, pieces))
+        account = self._scanned(scans)
+        if whole and all(piece.file.format == "jsonl" for piece in pieces):
+            self._check_valued(scans)
         ordering = partial(sort, data=self.data, folder=self.folder, hours=hours)
         sorts = list(self.execute("sort", ordering, range(self.buckets)))
         account["duplicates"] = sum(s["duplicates"] for s in sorts)
         account["kept"] = sum(s["rows"] for s in sorts)
         self._balance(account)
         return account, sorts
+
+    def _check_valued(self, scans: list[dict[str, Any]]) -> None:
+        """Lines may leave a key out, so a name that is mistyped shows only when all have been read."""
+        missing = [name for name in needed_columns(self.data) if not any(name in s["valued"] for s in scans)]
+        if missing:
+            raise DataError(f"no line of data.path has a value of {', '.join(map(repr, missing))}; correct the name in "
+                            "data.columns, data.features or the rules, or leave it out")  # fmt: skip
 
     def _scanned(self, scans: list[dict[str, Any]]) -> dict[str, Any]:
         reasons: Counter[str] = Counter()
@@ -338,14 +351,16 @@ def _raw(bucket: int, fragment: Fragment) -> str:
 
 
 def scan(fragment: Fragment, data: Data, folder: Folder, buckets: int) -> dict[str, Any]:
-    """Validate a fragment and deal its rows to bucket files by user hash; returns its account."""
-    rows, reasons, bad = 0, Counter[str](), []
+    """Validate a fragment and deal its rows to bucket files by user hash; returns its account, and which columns have a
+    value in it."""
+    rows, reasons, bad, valued = 0, Counter[str](), [], set[str]()
     schema = empty_rows(data).schema
     with ExitStack() as stack:
         writers: dict[int, ipc.RecordBatchStreamWriter] = {}
         for raw, first in read(fragment, needed_columns(data)):
             checked = validate(raw, first, data)
             rows += raw.num_rows
+            valued |= {name for name in raw.column_names if raw.column(name).null_count < raw.num_rows}
             if checked.quarantined.num_rows:
                 reasons.update(checked.quarantined.column("reason").to_pylist())
                 bad.append(checked.quarantined)
@@ -362,7 +377,7 @@ def scan(fragment: Fragment, data: Data, folder: Folder, buckets: int) -> dict[s
             "file", pa.array([fragment.file.uri] * sum(b.num_rows for b in bad))
         )
         folder.write_parquet(f"quarantine/{fragment.index:06d}-{fragment.first:06d}.parquet", table)
-    return {"rows": rows, "reasons": dict(reasons)}
+    return {"rows": rows, "reasons": dict(reasons), "valued": valued - {RAW_LINE}}
 
 
 def dealt(rows: pa.Table, parts: int) -> tuple[pa.Table, Ints]:

@@ -14,6 +14,8 @@ from hpgr.config import Rule
 from hpgr.errors import DataError
 
 Mask = npt.NDArray[np.bool_]
+TRUE, FALSE = ["true", "1", "1.0", "yes"], ["false", "0", "0.0", "no"]
+"""Words for true and false in text."""
 _COMPARE = {
     "==": pc.equal, "!=": pc.not_equal, ">=": pc.greater_equal,
     ">": pc.greater, "<=": pc.less_equal, "<": pc.less,
@@ -66,7 +68,7 @@ def _to_numpy(mask: pa.ChunkedArray) -> Mask:
 
 
 def _comparable(column: pa.ChunkedArray, value: object) -> pa.ChunkedArray:
-    """Text columns (CSV) become what the rule's value is; other columns are left alone."""
+    """Text columns (CSV) become what the rule's value is, null where they cannot; other columns are left alone."""
     kind = column.type
     if pa.types.is_dictionary(kind):
         column = column.cast(kind.value_type)
@@ -78,12 +80,13 @@ def _comparable(column: pa.ChunkedArray, value: object) -> pa.ChunkedArray:
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)) or isinstance(value, str):
         return column
     if isinstance(value, bool):
-        return pc.is_in(pc.utf8_lower(column), value_set=pa.array(["true", "1", "1.0", "yes"])).cast(pa.bool_())
+        place = pc.index_in(pc.utf8_lower(column), value_set=pa.array(TRUE + FALSE))
+        return pc.less(place, len(TRUE))
     return to_number(column)
 
 
 def to_number(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Numbers of a text or numeric column as float64; what is not a number becomes null."""
+    """Numbers of a text or numeric column as float64, true and false being 1 and 0; what is no number becomes null."""
     if pa.types.is_floating(column.type) or pa.types.is_integer(column.type) or pa.types.is_null(column.type):
         return column.cast(pa.float64(), safe=False)
     if pa.types.is_boolean(column.type):
@@ -92,4 +95,5 @@ def to_number(column: pa.ChunkedArray) -> pa.ChunkedArray:
         return column.cast(pa.float64())
     series = pd.Series(column.to_numpy(zero_copy_only=False), dtype=object)
     numbers = pd.to_numeric(series, errors="coerce").astype(float)
+    numbers = numbers.where(numbers.notna(), series.str.lower().map({"true": 1.0, "false": 0.0}))
     return pa.chunked_array([pa.array(numbers.to_numpy(), from_pandas=True)])

@@ -19,10 +19,12 @@ import pyarrow.parquet as pq
 from hpgr.artifacts import asked_again, resolve
 from hpgr.errors import DataError
 
-ENDINGS = {
-    ".parquet": "parquet", ".pq": "parquet", ".csv": "csv", ".csv.gz": "csv",
-    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".jsonl.gz": "jsonl", ".json.gz": "jsonl",
-}  # fmt: skip
+PACKED = ("", ".gz", ".zst", ".bz2")
+ENDINGS = {".parquet": "parquet", ".pq": "parquet"} | {
+    kind + packed: "csv" if kind == ".csv" else "jsonl"
+    for kind in (".csv", ".jsonl", ".ndjson", ".json")
+    for packed in PACKED
+}
 BLOCK_BYTES = 16 << 20
 FRAGMENT_ROWS = 500_000
 TEXT_ROW_BYTES = 40
@@ -75,7 +77,7 @@ def _expand(filesystem: pafs.FileSystem, root: str, path: str, declared: str, as
         if any(c in root for c in "*?["):
             base = root[: min(root.index(c) for c in "*?[" if c in root)].rpartition("/")[0]
             listing = filesystem.get_file_info(pafs.FileSelector(base, recursive=True, allow_not_found=True))
-            files = [i for i in listing if i.type == pafs.FileType.File and fnmatch.fnmatch(i.path, root)]
+            files = [i for i in listing if i.type == pafs.FileType.File and _matches(i.path, root)]
             shown = [i for i in files if not _is_hidden(i, base)]
             found = shown or files  # the pattern may ask for hidden ones
         else:
@@ -91,6 +93,18 @@ def _expand(filesystem: pafs.FileSystem, root: str, path: str, declared: str, as
         raise DataError(f"{asked} {path}: no log file found there; give a file, a folder or a glob of "
                         f"{', '.join(sorted(set(ENDINGS)))} files")  # fmt: skip
     return found
+
+
+def _matches(path: str, pattern: str) -> bool:
+    """Whether a file, or a folder that it is in, is what a glob asks for: `*` stays in a folder, `**` goes through."""
+    names, wanted = path.split("/"), pattern.split("/")
+    ways = {0}  # places in the pattern up to which the names so far may be what it asks for
+    for name in names:
+        ways |= {w + 1 for w in ways if w < len(wanted) and wanted[w] == "**"}
+        if len(wanted) in ways:
+            return True
+        ways = {w + (wanted[w] != "**") for w in ways if wanted[w] == "**" or fnmatch.fnmatchcase(name, wanted[w])}
+    return len(wanted) in ways
 
 
 def _is_log(info: pafs.FileInfo, root: str, declared: str) -> bool:
@@ -255,7 +269,7 @@ def _csv_reader(file: SourceFile, block: int, convert: Any, on_bad: Callable[[An
         yield pacsv.open_csv(
             stream,
             read_options=pacsv.ReadOptions(block_size=block, use_threads=False),
-            parse_options=pacsv.ParseOptions(invalid_row_handler=on_bad),
+            parse_options=pacsv.ParseOptions(invalid_row_handler=on_bad, newlines_in_values=True),
             convert_options=convert,
         )
 

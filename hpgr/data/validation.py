@@ -25,12 +25,15 @@ from hpgr.schema import (
     ITEM,
     LABEL,
     ORDER,
+    ORDER_DIGITS,
     REQUEST,
     TIME,
     USER,
 )  # fmt: skip
 
 IDS = pa.dictionary(pa.int32(), pa.string())
+LARGEST = 1e150
+"""Numbers whose squares can still be summed."""
 _UNIT_US = {"s": 1e6, "ms": 1e3, "us": 1.0, "ns": 1e-3}
 
 
@@ -73,7 +76,7 @@ def validate(raw: pa.Table, first_row: int, data: Data) -> Validated:
     if data.columns.request:
         columns[REQUEST] = pa.array(request_keys(raw, data.columns.request).view(np.int64))
     if data.columns.order is not None:
-        columns[ORDER] = pa.array(_order(raw, data.columns.order, reasons))
+        columns[ORDER], columns[ORDER_DIGITS] = map(pa.array, _order(raw, data.columns.order, reasons))
     for feature in data.features:
         columns[FEATURE_PREFIX + feature.name] = read_feature(raw, feature, reasons)
     columns[IN_HISTORY] = pa.array(any_group(raw, data.history))
@@ -92,7 +95,7 @@ def empty_rows(data: Data) -> pa.Table:
     kinds = {USER: IDS, ITEM: IDS, TIME: pa.int64(), LABEL: pa.int8()}
     kinds |= {ACTION: pa.string()} if data.columns.action is not None else {}
     kinds |= {REQUEST: pa.int64()} if data.columns.request else {}
-    kinds |= {ORDER: pa.float64()} if data.columns.order is not None else {}
+    kinds |= {ORDER: pa.float64(), ORDER_DIGITS: pa.int64()} if data.columns.order is not None else {}
     for f in data.features:
         kinds[FEATURE_PREFIX + f.name] = pa.string() if f.kind == "categorical" else pa.float64()
     kinds |= {IN_HISTORY: pa.bool_(), IS_TARGET: pa.bool_()}
@@ -115,8 +118,10 @@ def quarantine_table(raw: pa.Table, reasons: npt.NDArray[np.object_], first_row:
 def _printable(rows: pa.Table) -> pa.Table:
     """Rows whose times are text: Python has no year beyond 9999."""
     for i, field in enumerate(rows.schema):
-        if pa.types.is_timestamp(field.type):
-            times = rows.column(i).cast(pa.timestamp(field.type.unit)).cast(pa.string())
+        if pa.types.is_timestamp(field.type) or pa.types.is_date(field.type):
+            plain = pa.timestamp(field.type.unit) if pa.types.is_timestamp(field.type) else pa.int64()
+            whole = rows.column(i).cast(pa.int32()) if pa.types.is_date32(field.type) else rows.column(i)
+            times = whole.cast(plain).cast(pa.string())
             rows = rows.set_column(i, field.name, times)
     return rows
 
@@ -255,36 +260,52 @@ def _labels(raw: pa.Table, data: Data, reasons: npt.NDArray[np.object_]) -> pa.A
 def _numbers(column: pa.ChunkedArray, name: str) -> npt.NDArray[np.float64]:
     """Numbers of a column, true and false being 1 and 0; NaN for null and for what is none: [rows]."""
     kind = column.type
-    if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_temporal(kind):
+    if _is_opaque(kind) or pa.types.is_temporal(kind):
         raise DataError(f"column {name!r} is {kind}; expected numbers, or text of numbers")
-    numbers = np.array(to_number(column).to_numpy(zero_copy_only=False), float)
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        lower = pc.utf8_lower(column)
-        for value, word in enumerate(("false", "true")):
-            numbers[np.asarray(pc.fill_null(pc.equal(lower, word), False), bool)] = value
-    return numbers
+    return np.array(to_number(column).to_numpy(zero_copy_only=False), float)
 
 
 def text(raw: pa.Table, name: str) -> pa.Array:
-    """A column as text."""
+    """A column as text; NaN is null."""
     column = _plain(raw.column(name))
-    if pa.types.is_nested(column.type) or pa.types.is_binary(column.type):
+    if _is_opaque(column.type):
         raise DataError(f"column {name!r} is {column.type}; expected text or numbers")
+    if pa.types.is_floating(column.type):
+        column = pc.if_else(pc.is_nan(column), None, column)
     return column.cast(pa.string()).combine_chunks()
 
 
+def _is_opaque(kind: pa.DataType) -> bool:
+    """Whether values are neither numbers, times nor text."""
+    binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+    return binary or pa.types.is_nested(kind) or isinstance(kind, pa.BaseExtensionType)
+
+
 def request_keys(raw: pa.Table, names: Sequence[str]) -> U64:
-    """Key of the list an impression was shown in; 0 where there is none."""
+    """Key of the list an impression was shown in; 0 where there is none, for a column is null or empty."""
     if not names:
         return np.zeros(raw.num_rows, np.uint64)
-    keys = [hash_text(text(raw, name)) for name in names]
+    texts = [text(raw, name) for name in names]
+    keys = [hash_text(pc.if_else(pc.equal(t, ""), None, t)) for t in texts]
     return np.where(np.logical_and.reduce([k != 0 for k in keys]), combine(*keys), np.uint64(0))
 
 
-def _order(raw: pa.Table, name: str, reasons: npt.NDArray[np.object_]) -> npt.NDArray[np.float64]:
-    numbers = _numbers(_plain(raw.column(name)), name)
+def _order(
+    raw: pa.Table, name: str, reasons: npt.NDArray[np.object_]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Numbers to order by, and the digits of whole ones exactly, which tell apart those beyond 2**53: [rows]."""
+    column = _plain(raw.column(name))
+    numbers = _numbers(column, name)
     _mark(reasons, ~np.isfinite(numbers), "order is not a finite number")
-    return np.nan_to_num(numbers)
+    numbers = np.nan_to_num(numbers)
+    digits = np.where(np.abs(numbers) < 2**53, numbers, 0).astype(np.int64)
+    if pa.types.is_integer(column.type):
+        digits = pc.fill_null(column, 0).cast(pa.int64(), safe=False).to_numpy()
+    elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        whole = np.asarray(pc.fill_null(pc.match_substring_regex(column, r"^[+-]?\d{1,19}$"), False), bool)
+        whole &= np.abs(numbers) < 2**63
+        digits[whole] = column.filter(pa.array(whole)).to_numpy(zero_copy_only=False).astype(np.int64)
+    return numbers, digits
 
 
 def read_feature(raw: pa.Table, feature: Feature, reasons: npt.NDArray[np.object_]) -> pa.Array:
@@ -295,7 +316,7 @@ def read_feature(raw: pa.Table, feature: Feature, reasons: npt.NDArray[np.object
     numbers = _numbers(column, feature.column)
     _mark(
         reasons,
-        np.isinf(numbers) | (np.isnan(numbers) & ~_nulls(column)),
+        (np.abs(numbers) > LARGEST) | (np.isnan(numbers) & ~_nulls(column)),
         f"feature {feature.name} is not a finite number",
     )
     if feature.transform == "log1p":

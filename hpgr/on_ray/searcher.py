@@ -186,7 +186,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         self._study.note(number, phase=phase, seconds=running.before + seconds)
         if result.get(METRIC) is not None:
             self._study.note(number, auc=result[METRIC])
-            self._study.report(number, result[TIME], result[METRIC], result["step"])
+            self._study.report(number, result[TIME], result[METRIC])
 
     @_noted
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
@@ -175,7 +176,10 @@ def train_on_workers(run: Run, say: Callable[[str], None], crew: Crew) -> dict[s
             name="ray_train",
             storage_path=storage,
             storage_filesystem=filesystem,
-            failure_config=ray.train.FailureConfig(max_failures=resources.max_failures),
+            # Each try to place workers that are not there takes Ray Train a minute; by itself it goes on for ever.
+            failure_config=ray.train.FailureConfig(
+                max_failures=resources.max_failures, controller_failure_limit=math.ceil(resources.wait_minutes)
+            ),
             callbacks=list(crew.callbacks),
         ),
     )

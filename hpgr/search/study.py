@@ -188,13 +188,14 @@ class Study:
         for name, value in attributes.items():
             self._storage.set_trial_user_attr(self._id(number), name, value)
 
-    def report(self, number: int, progress: float, auc: float, step: int) -> None:
-        """Validation AUC of a running trial after `progress` epochs and `step` steps."""
+    def report(self, number: int, progress: float, auc: float) -> None:
+        """Validation AUC of a running trial after `progress` epochs. Optuna, which ranks trials by how far they came,
+        gets thousandths of them: of steps an epoch has the more the smaller a trial's batches are."""
         curve = self._attributes(number).get("curve", [])
         if not curve or curve[-1][0] < progress:
             self.note(number, curve=[*curve, [progress, auc]])
             if len(self._space.objectives) == 1:
-                Trial(self._study, self._id(number)).report(auc, step)
+                Trial(self._study, self._id(number)).report(auc, round(1000 * progress))
 
     def finish(self, number: int, state: str, **attributes: Any) -> None:
         """End a trial: `finished` (attributes hold its objectives), `pruned` or `failed` (with an `error`)."""

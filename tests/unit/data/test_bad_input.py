@@ -115,6 +115,37 @@ def test_what_is_no_part_of_a_data_set_is_left_out_of_globs_too(
         assert [Path(file["uri"]).name for file in prepared.manifest["inputs"]] == ["part-0.parquet"]
 
 
+@pytest.mark.parametrize(
+    ("glob", "found"),
+    [("*.parquet", ["a", "p"]), ("**/*.parquet", ["a", "b", "c", "p"]), ("*/*.parquet", ["b", "p"]), ("x", ["b", "c"]),
+     ("x/**", ["b", "c"]), ("?/[b]*", ["b"])],
+)  # fmt: skip
+def test_a_star_stays_in_its_folder(
+    config: Make, write_log: Make, log: Make, tmp_path: Path, glob: str, found: list[str]
+) -> None:
+    """A folder that fits, such as Spark's of one table, is read whole."""
+    for name in ("a", "x/b", "x/y/c", "t.parquet/p"):
+        write_log(log(), name=f"logs/{name}")
+    inputs = prepare(config(data={"path": str(tmp_path / "logs" / glob)}), in_process, print).manifest["inputs"]
+    assert sorted(Path(file["uri"]).stem for file in inputs) == found
+
+
+def test_a_name_that_no_json_line_has_is_refused(refused: Make, write_log: Make, log: Make) -> None:
+    """Each line may leave a key out, so only the whole log tells that a name is mistyped."""
+    path = write_log(log(), "jsonl")
+    for data in ({"columns": {"action": "evnt"}}, {"columns": {"request": ["pageid"]}},
+                 {"features": [{"name": "price", "column": "prce", "role": "item", "kind": "numeric"}]}):  # fmt: skip
+        assert "no line of data.path has a value of" in refused(path, **data)
+
+
+@pytest.mark.parametrize("kind", [pa.binary(2), pa.binary(), pa.large_binary()])
+def test_columns_of_bytes_are_refused_by_name(refused: Make, write_log: Make, log: Make, kind: pa.DataType) -> None:
+    table = pa.table(log()).append_column("page", pa.array([b"\xff\xfe"] * 50, kind))
+    assert "column 'page' is" in refused(write_log(table), columns={"request": ["page"]})
+    feature = {"name": "page", "column": "page", "role": "candidate"}
+    assert "column 'page' is" in refused(write_log(table), features=[feature])
+
+
 def test_a_declared_format_goes_for_any_name_in_a_folder(
     config: Make, write_log: Make, log: Make, tmp_path: Path
 ) -> None:

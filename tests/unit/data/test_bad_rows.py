@@ -57,6 +57,19 @@ def test_unreadable_time_text_is_quarantined(prepare_log: Make, log: Make, forma
     check_account(prepare_log(rows, format), 50, [(row, "unreadable time") for row in bad])
 
 
+def test_dates_beyond_the_calendar_are_quarantined(prepare_log: Make, log: Make) -> None:
+    days = pa.array([18_000 + i for i in range(50)], pa.int32())
+    days = pa.concat_arrays([days[:7], pa.array([10_000_000], pa.int32()), days[8:]]).cast(pa.date32())
+    table = pa.table(log()).set_column(2, "timestamp", days)
+    check_account(prepare_log(table), 50, [(7, "time outside data.earliest and data.latest")])
+
+
+def test_numbers_whose_squares_are_none_are_quarantined(prepare_log: Make, log: Make) -> None:
+    rows = log() | {"price": [1.0] * 49 + [1.7e308]}
+    feature = {"name": "price", "column": "price", "role": "candidate", "kind": "numeric"}
+    check_account(prepare_log(rows, features=[feature]), 50, [(49, "feature price is not a finite number")])
+
+
 def test_infinite_and_nan_float_times_are_quarantined(prepare_log: Make, log: Make) -> None:
     rows = log()
     rows["timestamp"][2:4] = [float("inf"), float("nan")]

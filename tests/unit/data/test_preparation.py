@@ -261,6 +261,26 @@ def test_times_and_items_are_written_as_differences(prepare_log: Make) -> None:
     assert packed == {"h_item", "h_time", "t_item", "t_time"}
 
 
+@pytest.mark.parametrize("format", ["parquet", "csv", "jsonl"])
+def test_large_numbers_order_and_tell_rows_apart_by_their_last_digits(prepare_log: Make, format: str) -> None:
+    """Ids of events are beyond 2**53, where neighbours are one float."""
+    ids = [1_700_000_000_000_000_000 + k for k in range(6)]
+    rows = A + [{"user_id": "z", "item_id": f"i{k % 2}", "timestamp": T, "clicked": 1} for k in range(6)]
+    rows = [r | {"eid": eid} for r, eid in zip(rows, [*range(len(A)), *reversed(ids)], strict=True)]
+    prepared = prepare_log(rows, format, columns={"order": "eid"})
+    assert prepared.manifest["account"]["duplicates"] == 0
+    assert item_names(prepared, users(prepared)["z"]["h_item"]) == ["i1", "i0"] * 3
+
+
+@pytest.mark.parametrize("nothing", [None, "", float("nan")])
+def test_an_empty_request_is_none(prepare_log: Make, nothing: Any) -> None:
+    page: list[Any] = [1.0 if isinstance(nothing, float) else "p"] * 2 + [nothing] * (len(A) - 2)
+    kind = pa.float64() if isinstance(nothing, float) else pa.string()
+    table = pa.Table.from_pylist(A).append_column("page", pa.array(page, kind, from_pandas=False))
+    request = users(prepare_log(table, columns={"request": ["page"]}))["a"]["t_request"]
+    assert request[2:] == [-1] * (len(A) - 2)
+
+
 def test_vocabulary_keeps_the_frequent(prepare_log: Make) -> None:
     assert vocabulary(prepare_log(LATE, vocabulary={"min_count": 6})) == ["i0"]
     assert vocabulary(prepare_log(LATE, vocabulary={"max_items": 2})) == ["i0", "i1"]

@@ -45,6 +45,35 @@ def test_boolean_labels_are_labels_in_every_format(prepare_log: Make, log: Make,
     assert content(got) == content(expected)
 
 
+@pytest.mark.parametrize(
+    "rule", [{"column": "clicked", "value": 1}, {"column": "clicked", "op": "!=", "value": 0},
+             {"column": "clicked", "op": "in", "value": [1]}, {"column": "clicked", "value": True}]
+)  # fmt: skip
+def test_rules_read_booleans_alike_in_every_format(prepare_log: Make, write_log: Make, log: Make, rule: Any) -> None:
+    """A block of JSONL with a broken line comes as text."""
+    rows = log()
+    rows["clicked"] = [bool(c) for c in rows["clicked"]]
+    settings = {"history": [[rule]], "max_quarantined": 0.1}
+    expected = prepare_log(rows, **settings)
+    assert 0 < expected.manifest["account"]["history_events"] < 50
+    broken = Path(write_log(rows, "jsonl")).read_bytes() + b'{"user_id"\n'
+    for got in (prepare_log(rows, "csv", **settings), prepare_log(broken, "jsonl", name="broken", **settings)):
+        assert content(got) == content(expected)
+
+
+def test_cells_of_csv_may_span_lines_wherever_blocks_end(
+    prepare_log: Make, log: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = log() | {"title": [f"a\nb{i % 3}" for i in range(50)]}
+    feature = {"name": "title", "column": "title", "role": "event"}
+    expected = prepare_log(rows, features=[feature])
+    for size in (200, 300, 1000):
+        monkeypatch.setattr("hpgr.data.sources.BLOCK_BYTES", size)
+        got = prepare_log(rows, "csv", name=f"csv{size}", features=[feature])
+        assert got.manifest["account"]["quarantined"] == 0
+        assert content(got) == content(expected)
+
+
 def test_several_files_are_one_log(prepare_log: Make, write_log: Make, config: Make, tmp_path: Path) -> None:
     rows = busy_log()
     expected = prepare_log(rows, **BUSY)

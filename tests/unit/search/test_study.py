@@ -87,11 +87,12 @@ def test_stage_1_is_named_by_what_it_depends_on(tmp_path: Path) -> None:
 def test_what_was_interrupted_comes_back_as_it_was(tmp_path: Path) -> None:
     study = opened(tmp_path)
     done, cut = asked(study), asked(study)
-    study.report(cut.number, 1.0, 0.61, 40)
+    study.report(cut.number, 1.0, 0.61)
     finished(study, done, 0.7)
     again = opened(tmp_path)
     assert again.interrupted() == [cut]
     assert again.interrupted()[0].name == cut.name
+    assert again._trials()[cut.number].intermediate_values == {1000: 0.61}, "Optuna ranks trials by epochs"
     rows = {row.number: row for row in again.rows()}
     assert (rows[0].state, rows[0].auc) == ("finished", 0.7)
     assert (rows[1].state, rows[1].curve) == ("running", [(1.0, 0.61)])
@@ -243,7 +244,7 @@ def test_a_disk_that_refuses_the_file_is_told_in_words(tmp_path: Path) -> None:
 def test_pruned_and_failed_trials_are_kept_and_never_best(tmp_path: Path) -> None:
     study = opened(tmp_path)
     good, pruned, failed = asked(study), asked(study), asked(study)
-    study.report(pruned.number, 1.0, 0.9, 10)
+    study.report(pruned.number, 1.0, 0.9)
     study.finish(pruned.number, "pruned", auc=0.9)
     study.finish(failed.number, "failed", error="the loss is nan")
     assert study.best() is None
