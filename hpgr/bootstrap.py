@@ -29,10 +29,6 @@ METRICS = ("auc", "gauc", "log_loss")
 CHUNK_CELLS = 1 << 21
 """Draws times rows at once; bounds memory."""
 LEVEL = 0.95
-FEWEST_USERS = 20
-"""Users below which draws of them tell nothing of others."""
-ONE_MODEL_CELLS = 1 << 26
-"""Draws times rows of one model's interval; a report shall not take minutes over it."""
 Scored = Mapping[str, Mapping[int, ClickScores]]
 """Test scores of each model by seed."""
 
@@ -172,21 +168,6 @@ def resample(scores: Scored, draws: int, seed: int) -> Resampled:
         whole[model][s] = {name: float(v[0]) for name, v in part.figures(everyone).items()}
         by_draw[model][s] = {name: np.concatenate([d[name] for d in own]) for name in METRICS}
     return Resampled(whole, by_draw, users)
-
-
-def auc_interval(score: Array, label: Array, user: Array) -> tuple[float, float] | None:
-    """LEVEL percentile interval of one model's AUC over users; [n] each, labels 0 or 1. None of one class alone or of
-    fewer than FEWEST_USERS users."""
-    names, place = np.unique(user, return_inverse=True)
-    clicked = label.astype(bool)
-    if len(names) < FEWEST_USERS or clicked.all() or not clicked.any():
-        return None
-    rows = Rows(score.astype(np.float64), clicked, place, len(names))
-    draws, size = min(500, max(50, ONE_MODEL_CELLS // len(score))), max(1, CHUNK_CELLS // len(score))
-    areas = [rows._auc(times_drawn(len(names), min(size, draws - i), [0, i])) for i in range(0, draws, size)]
-    found = _interval(np.concatenate(areas), "")
-    low, high = found["low"], found["high"]
-    return None if low is None or high is None else (low, high)
 
 
 def _rows_of(scores: Scored, keys: Sequence[tuple[str, int]]) -> tuple[int, list[Rows]]:

@@ -27,6 +27,8 @@ EPSILON = 1e-7
 CUTOFFS = (1, 5, 10, 20)
 """The k of HR@k and NDCG@k of the next-item ranking."""
 NO_REQUEST = -1
+FEWEST_USERS = 20
+"""Users below which an interval says nothing of others."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,29 @@ def auc(score: Array, label: Array) -> float | None:
         return None
     wins, positives, negatives = _Ties.of(np.asarray(score), clicked).doubled_wins()
     return int(wins[0]) / (2 * int(positives[0]) * int(negatives[0]))
+
+
+def auc_interval(score: Array, label: Array, user: Array) -> tuple[float, float] | None:
+    """95 % interval of an AUC for other users, whose impressions are not independent (Obuchowski 1997, Biometrics 53).
+
+    Each row is placed among those of the other class: a click by the share that scores below it, any other row by the
+    share of clicks above; a user counts by how far their placements are from the AUC. score, label 0/1, user [n].
+    None of one class alone or of fewer than FEWEST_USERS users.
+    """
+    clicked, names = np.asarray(label).astype(bool), np.unique(user, return_inverse=True)[1]
+    users = int(names.max(initial=-1)) + 1
+    if users < FEWEST_USERS or clicked.all() or not clicked.any():
+        return None
+    told = np.zeros(users)
+    means = []
+    for own, sign in ((clicked, 1), (~clicked, -1)):
+        rivals = np.sort(sign * score[~own])
+        mine = sign * score[own]
+        placed = (np.searchsorted(rivals, mine, "left") + np.searchsorted(rivals, mine, "right")) / (2 * len(rivals))
+        means.append(float(placed.mean()))
+        told += np.bincount(names[own], placed - means[-1], users) / len(mine)
+    half = 1.96 * float(np.sqrt(users / (users - 1) * (told**2).sum()))
+    return max(means[0] - half, 0.0), min(means[0] + half, 1.0)
 
 
 def _grouped_auc(score: Reals, clicked: Bools, user: Array) -> Figures:

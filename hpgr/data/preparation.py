@@ -33,7 +33,7 @@ from hpgr.data import split as splits
 from hpgr.data.hashing import hash_text
 from hpgr.data.lists import LATE, list_columns
 from hpgr.data.ordering import order_rows
-from hpgr.data.sources import RAW_LINE, Fragment, find_files, fragments, inputs_fingerprint, read
+from hpgr.data.sources import Fragment, find_files, fragments, inputs_fingerprint, is_absent, read
 from hpgr.data.synthetic import LOG_COLUMNS, write_log
 from hpgr.data.timelines import column_names, encode, training_rows, write_timelines
 from hpgr.data.validation import empty_rows, needed_columns, validate
@@ -131,7 +131,8 @@ def prepare(config: Config, execute: Execute, say: Callable[[str], None]) -> Pre
     files = find_files([_generated(data, say)] if data.path is None else _given(data), data.format)
     inputs = inputs_fingerprint(files)
     settings = {k: v for k, v in dump(config)["data"].items() if k not in ("prepared", "path", "synthetic")}
-    name = fingerprint({"format": FORMAT, "inputs": inputs, "settings": settings})
+    told = inputs if data.path is not None else data.synthetic.model_dump(mode="json")  # written again, it is the same
+    name = fingerprint({"format": FORMAT, "inputs": told, "settings": settings})
     folder = Folder(absolute(data.prepared)).sub(name)
     with sole(folder, say):
         if folder.exists("manifest.json"):
@@ -260,7 +261,7 @@ class Job:
         scans = list(self.execute("scan", deal, pieces))
         account = self._scanned(scans)
         if whole and all(piece.file.format == "jsonl" for piece in pieces):
-            self._check_valued(scans)
+            self._check_columns(scans)
         ordering = partial(sort, data=self.data, folder=self.folder, hours=hours)
         sorts = list(self.execute("sort", ordering, range(self.buckets)))
         account["duplicates"] = sum(s["duplicates"] for s in sorts)
@@ -268,11 +269,11 @@ class Job:
         self._balance(account)
         return account, sorts
 
-    def _check_valued(self, scans: list[dict[str, Any]]) -> None:
+    def _check_columns(self, scans: list[dict[str, Any]]) -> None:
         """Lines may leave a key out, so a name that is mistyped shows only when all have been read."""
-        missing = [name for name in needed_columns(self.data) if not any(name in s["valued"] for s in scans)]
+        missing = [name for name in needed_columns(self.data) if not any(name in s["columns"] for s in scans)]
         if missing:
-            raise DataError(f"no line of data.path has a value of {', '.join(map(repr, missing))}; correct the name in "
+            raise DataError(f"no line of data.path has {', '.join(map(repr, missing))}; correct the name in "
                             "data.columns, data.features or the rules, or leave it out")  # fmt: skip
 
     def _scanned(self, scans: list[dict[str, Any]]) -> dict[str, Any]:
@@ -351,16 +352,16 @@ def _raw(bucket: int, fragment: Fragment) -> str:
 
 
 def scan(fragment: Fragment, data: Data, folder: Folder, buckets: int) -> dict[str, Any]:
-    """Validate a fragment and deal its rows to bucket files by user hash; returns its account, and which columns have a
-    value in it."""
-    rows, reasons, bad, valued = 0, Counter[str](), [], set[str]()
+    """Validate a fragment and deal its rows to bucket files by user hash; returns its account, and which columns are
+    there."""
+    rows, reasons, bad, there = 0, Counter[str](), [], set[str]()
     schema = empty_rows(data).schema
     with ExitStack() as stack:
         writers: dict[int, ipc.RecordBatchStreamWriter] = {}
         for raw, first in read(fragment, needed_columns(data)):
             checked = validate(raw, first, data)
             rows += raw.num_rows
-            valued |= {name for name in raw.column_names if raw.column(name).null_count < raw.num_rows}
+            there |= {field.name for field in raw.schema if not is_absent(field)}
             if checked.quarantined.num_rows:
                 reasons.update(checked.quarantined.column("reason").to_pylist())
                 bad.append(checked.quarantined)
@@ -377,7 +378,7 @@ def scan(fragment: Fragment, data: Data, folder: Folder, buckets: int) -> dict[s
             "file", pa.array([fragment.file.uri] * sum(b.num_rows for b in bad))
         )
         folder.write_parquet(f"quarantine/{fragment.index:06d}-{fragment.first:06d}.parquet", table)
-    return {"rows": rows, "reasons": dict(reasons), "valued": valued - {RAW_LINE}}
+    return {"rows": rows, "reasons": dict(reasons), "columns": there}
 
 
 def dealt(rows: pa.Table, parts: int) -> tuple[pa.Table, Ints]:

@@ -95,5 +95,7 @@ def to_number(column: pa.ChunkedArray) -> pa.ChunkedArray:
         return column.cast(pa.float64())
     series = pd.Series(column.to_numpy(zero_copy_only=False), dtype=object)
     numbers = pd.to_numeric(series, errors="coerce").astype(float)
-    numbers = numbers.where(numbers.notna(), series.str.lower().map({"true": 1.0, "false": 0.0}))
+    words = numbers.isna() & series.notna()
+    if words.any():
+        numbers[words] = series[words].astype(str).str.lower().map({"true": 1.0, "false": 0.0})
     return pa.chunked_array([pa.array(numbers.to_numpy(), from_pandas=True)])

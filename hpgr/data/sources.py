@@ -28,6 +28,7 @@ ENDINGS = {".parquet": "parquet", ".pq": "parquet"} | {
 BLOCK_BYTES = 16 << 20
 FRAGMENT_ROWS = 500_000
 TEXT_ROW_BYTES = 40
+ABSENT = {b"absent": b""}
 RAW_LINE = "unreadable_line"
 """Column that carries the text of a line no parser could read."""
 
@@ -325,7 +326,9 @@ def _parse_one_by_one(text: bytes, columns: list[str]) -> list[pa.Table]:
             rows.append(row)
         elif line.strip():
             bad.append(line.decode("utf-8", "replace"))
-    tables = [pa.table({c: pa.array([r[c] for r in rows], pa.string()) for c in columns})] if rows else []
+    keys = set().union(*rows)
+    found = {c: pa.array([r.get(c) for r in rows], pa.string()) for c in columns if c in keys}
+    tables = [_with_missing(pa.table(found or {columns[0]: pa.nulls(len(rows))}), columns)] if rows else []
     return [*tables, pa.table({RAW_LINE: bad})] if bad else tables
 
 
@@ -335,7 +338,7 @@ def _row(line: bytes, columns: list[str]) -> dict[str, str | None] | None:
         row = json.loads(line)
         if not isinstance(row, dict):
             return None
-        out = {c: None if row.get(c) is None else _text(row[c]) for c in columns}
+        out = {c: None if row[c] is None else _text(row[c]) for c in columns if c in row}
         "".join(filter(None, out.values())).encode()  # half of a surrogate pair is no text
     except (ValueError, RecursionError):
         return None
@@ -351,8 +354,13 @@ def _text(value: Any) -> str:
 def _with_missing(table: pa.Table, columns: list[str]) -> pa.Table:
     for column in columns:
         if column not in table.column_names:
-            table = table.append_column(column, pa.nulls(table.num_rows))
+            table = table.append_column(pa.field(column, pa.null(), metadata=ABSENT), pa.nulls(table.num_rows))
     return table.select(columns)
+
+
+def is_absent(field: pa.Field) -> bool:
+    """Whether no line of a table of JSONL has this key."""
+    return field.metadata == ABSENT
 
 
 def inputs_fingerprint(files: Sequence[SourceFile]) -> list[dict[str, Any]]:

@@ -197,7 +197,6 @@ def keep_log(folder: Folder, prepared: Prepared) -> None:
             raise ArtifactError(f"{folder.uri} began with another log: got {now}, expected {began} of data.prepared. "
                                 "Files of data.path were added, changed or copied (their times count); bring them back "
                                 "as they were, or start anew in another --run folder")  # fmt: skip
-        return
     prepared.keep(kept)
 
 

@@ -176,9 +176,10 @@ def train_on_workers(run: Run, say: Callable[[str], None], crew: Crew) -> dict[s
             name="ray_train",
             storage_path=storage,
             storage_filesystem=filesystem,
-            # Each try to place workers that are not there takes Ray Train a minute; by itself it goes on for ever.
+            # A try to place workers that are not there takes Ray Train a minute; by itself it tries for ever.
             failure_config=ray.train.FailureConfig(
-                max_failures=resources.max_failures, controller_failure_limit=math.ceil(resources.wait_minutes)
+                max_failures=resources.max_failures,
+                controller_failure_limit=max(1, math.ceil(resources.wait_minutes)) * (resources.max_failures + 1),
             ),
             callbacks=list(crew.callbacks),
         ),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hpgr.bootstrap import FEWEST_USERS
+from hpgr.metrics import FEWEST_USERS
 from hpgr.report import compare_plots as plots
 from hpgr.report.page import (
     CLICK_METRICS,

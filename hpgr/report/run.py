@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from hpgr.bootstrap import auc_interval
-from hpgr.metrics import CUTOFFS, Bin, auc, quantile_bins, roc_points
+from hpgr.metrics import CUTOFFS, Bin, auc, auc_interval, quantile_bins, roc_points
 from hpgr.report import plots
 from hpgr.report.page import (
     CLICK_METRICS,
@@ -209,7 +208,7 @@ def _slice_blocks(columns: Mapping[str, Array], key: str, label: str, heading: s
         [name, f"{b.n:,}", f"{b.positives:,}", f"{b.observed:.2%}", f"{b.predicted:.2%}", *_area(b, interval)]
         for name, b, interval in zip(names, bins, sure, strict=True)
     ]
-    caption = "Bins of about equal size, equal values together; 95 % intervals by a bootstrap over users."
+    caption = "Bins of about equal size, equal values together; 95 % intervals over users."
     head = [label, "impressions", "clicks", "click rate", "mean score", "AUC", "95 % interval"]
     return [
         Drawing(heading, plots.auc_by_bin(bins, names, label, auc(score, clicked), sure), caption),

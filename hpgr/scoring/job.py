@@ -75,7 +75,8 @@ def batch_score(wish: Wish, execute: Execute, score: Score, say: Say, whole: boo
         raise ConfigError(f"--resume: there is no job in {folder.uri}; leave --resume out to start one there")
     _refuse(wish, finished)
     candidates = find_candidates([wish.candidates], finished.config.data) if wish.candidates else None
-    _need_item_features(finished, candidates)
+    if not (folder.exists(output.SUCCESS) or folder.exists(output.ITEMS)):  # a job that goes on has kept them
+        _need_item_features(finished, candidates)
     users = _users(finished, wish, execute, say)
     options = _options(wish, finished, users)
     told = record(finished.id, users.manifest["fingerprint"], candidates.plain() if candidates else None, options)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hpgr.bootstrap import CHUNK_CELLS, METRICS, Resampled, auc_interval, resample, times_drawn
+from hpgr.bootstrap import CHUNK_CELLS, METRICS, Resampled, resample, times_drawn
 from hpgr.errors import DataError
-from hpgr.metrics import ClickScores
+from hpgr.metrics import ClickScores, auc_interval
 
 
 def scores(seed: int, users: int = 30, quality: float = 1.0, grain: int = 0, world: int = 0) -> ClickScores:
@@ -137,14 +137,19 @@ def test_nothing_to_draw_from() -> None:
     assert resample({"a": {}}, 10, 0) == Resampled({"a": {}}, {"a": {}}, 0)
 
 
-def test_an_interval_of_one_model_takes_no_two_rows_of_a_user_for_independent() -> None:
-    """Each user's rows ten times over say no more of other users: the interval stays, as by the definition."""
+def test_the_interval_of_one_model_is_that_of_drawn_users() -> None:
     part = scores(0)
-    found = auc_interval(part.score, part.label, part.user)
-    again = auc_interval(np.repeat(part.score, 10), np.repeat(part.label, 10), np.repeat(part.user, 10))
-    assert found == pytest.approx(again)
     drawn = resample({"a": {0: part}}, 2000, 5).drawn["a"][0]["auc"]
-    assert found == pytest.approx(np.quantile(drawn, (0.025, 0.975)), abs=0.01)
+    assert auc_interval(part.score, part.label, part.user) == pytest.approx(
+        np.quantile(drawn, (0.025, 0.975)), abs=0.015
+    )
+
+
+def test_rows_of_a_user_are_not_taken_for_independent() -> None:
+    """Each user's rows ten times over say no more of other users."""
+    part = scores(0)
+    again = auc_interval(np.repeat(part.score, 10), np.repeat(part.label, 10), np.repeat(part.user, 10))
+    assert again == pytest.approx(auc_interval(part.score, part.label, part.user))
 
 
 def test_an_interval_asks_for_users_and_both_classes() -> None:
@@ -152,3 +157,6 @@ def test_an_interval_asks_for_users_and_both_classes() -> None:
     few = part.user < np.unique(part.user)[19]
     assert auc_interval(part.score[few], part.label[few], part.user[few]) is None
     assert auc_interval(part.score, np.ones_like(part.label), part.user) is None
+    rare = np.arange(len(part.label)) == 3
+    low, high = auc_interval(part.score, rare.astype(np.int8), part.user) or (0.0, 0.0)
+    assert 0 <= low < high <= 1

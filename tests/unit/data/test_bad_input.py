@@ -135,7 +135,18 @@ def test_a_name_that_no_json_line_has_is_refused(refused: Make, write_log: Make,
     path = write_log(log(), "jsonl")
     for data in ({"columns": {"action": "evnt"}}, {"columns": {"request": ["pageid"]}},
                  {"features": [{"name": "price", "column": "prce", "role": "item", "kind": "numeric"}]}):  # fmt: skip
-        assert "no line of data.path has a value of" in refused(path, **data)
+        assert "no line of data.path has '" in refused(path, **data)
+
+
+@pytest.mark.parametrize("broken", [b"", b'{"user_id"\n'])
+def test_a_name_whose_values_are_all_null_is_none_that_is_mistyped(
+    prepare_log: Make, write_log: Make, log: Make, broken: bytes
+) -> None:
+    rows = log() | {"deleted_at": [None] * 50}
+    content = Path(write_log(rows, "jsonl")).read_bytes() + broken
+    history = [[{"column": "deleted_at", "op": "is_null"}]]
+    account = prepare_log(content, "jsonl", history=history, max_quarantined=0.1).manifest["account"]
+    assert account["history_events"] == 50
 
 
 @pytest.mark.parametrize("kind", [pa.binary(2), pa.binary(), pa.large_binary()])
