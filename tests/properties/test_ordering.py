@@ -16,7 +16,7 @@ from hpgr.data import ordering
 from hpgr.data.hashing import U64, combine, hash_items, hash_text
 from hpgr.data.timelines import events_before
 from hpgr.data.validation import empty_rows
-from hpgr.schema import IN_HISTORY, IS_TARGET, ITEM, LABEL, ORDER, SECOND, TIME, USER
+from hpgr.schema import IN_HISTORY, IS_TARGET, ITEM, LABEL, ORDER, ORDER_DIGITS, SECOND, TIME, USER
 
 quick = settings(max_examples=150, deadline=None)
 FAR = 2**62 - 1
@@ -37,11 +37,11 @@ def colliding(values: pa.Array) -> U64:
 
 
 def canonical(rows: list[tuple[int, int, float, int, int]]) -> pa.Table:
-    """Rows whose content is their label."""
+    """Rows whose content is their label, and the last digit of their order."""
     empty = empty_rows(DATA)
     user, time, order, item, content = (list(c) for c in zip(*rows, strict=True)) if rows else [[]] * 5
     given: dict[str, list[Any]] = {USER: [f"u{u}" for u in user], ITEM: [f"i{i}" for i in item], TIME: time}
-    given |= {ORDER: order, LABEL: content}
+    given |= {ORDER: order, ORDER_DIGITS: content, LABEL: content}
     columns = [given.get(f.name, [True] * len(rows)) for f in empty.schema]
     return pa.Table.from_arrays(
         [pa.array(c, f.type) for c, f in zip(columns, empty.schema, strict=True)], schema=empty.schema
@@ -49,12 +49,12 @@ def canonical(rows: list[tuple[int, int, float, int, int]]) -> pa.Table:
 
 
 def keys_of(table: pa.Table) -> list[tuple[Any, ...]]:
-    """User's hash, user, time, order, hash of the item, and hash of what else a row says."""
+    """User's hash, user, time, order, its digits, hash of the item, and hash of what else a row says."""
     user, item = (table.column(name).combine_chunks().cast(pa.string()) for name in (USER, ITEM))
     flags = [table.column(name).to_numpy(zero_copy_only=False) for name in (LABEL, IN_HISTORY, IS_TARGET)]
-    order = table.column(ORDER)
-    content = combine(flags[0], order.to_numpy().view(np.uint64), *flags[1:])
-    columns = [colliding(user), user, table.column(TIME).to_numpy(), order.to_numpy(), hash_items(item), content]
+    order, digits = table.column(ORDER).to_numpy(), table.column(ORDER_DIGITS).to_numpy()
+    content = combine(flags[0], order.view(np.uint64), digits, *flags[1:])
+    columns = [colliding(user), user, table.column(TIME).to_numpy(), order, digits, hash_items(item), content]
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 

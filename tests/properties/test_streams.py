@@ -15,7 +15,7 @@ from hpgr.config import Config, validate
 from hpgr.data import preparation
 from hpgr.data.preparation import Prepared, in_process, prepare
 from hpgr.data.stream import LocalSource, Step, StreamSpec, build_index, items_of, produce, step_of
-from hpgr.schema import SPLITS, TEST, offsets_of
+from hpgr.schema import SECOND, SPLITS, TEST, offsets_of
 
 
 @pytest.fixture(scope="module")
@@ -170,4 +170,4 @@ def test_next_item_batch_hides_the_event_after_the_window(log: tuple[Config, Pre
             assert masked == [False] * (len(items) - 1) + [True]
             assert b.h_visible[h[k + 1] - 1] == len(items) - 1
             assert b.h_action[h[k + 1] - 1] == 0
-            assert b.h_time[h[k + 1] - 1] == b.h_time[h[k + 1] - 2]
+            assert b.h_time[h[k + 1] - 1] == b.h_time[h[k + 1] - 2] + SECOND
