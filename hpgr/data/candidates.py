@@ -25,8 +25,9 @@ import pyarrow.ipc as ipc
 from hpgr.artifacts import Folder
 from hpgr.config import Data, Feature
 from hpgr.data.hashing import combine, hash_items, value_keys
-from hpgr.data.preparation import dealt, writing
+from hpgr.data.preparation import dealt
 from hpgr.data.sources import Fragment, SourceFile, find_files, fragments, open_parquet, read
+from hpgr.data.staging import writing
 from hpgr.data.timelines import TARGET_ROLES
 from hpgr.data.validation import (
     quarantine_table,

@@ -17,6 +17,7 @@ import numpy as np
 from hpgr.artifacts import FORMAT, Folder, absolute, fingerprint
 from hpgr.config import Data
 from hpgr.data import split as splits
+from hpgr.data import staging
 from hpgr.data.preparation import SPLIT_NAMES, Execute, Job, Prepared, bucket_count, ordered_rows, sole, versions
 from hpgr.data.sources import find_files, fragments, inputs_fingerprint
 from hpgr.data.timelines import encode, training_rows, write_timelines
@@ -70,7 +71,7 @@ def prepare_new(
             **{key: known.manifest[key] for key in ("settings", "vocabulary", "features")},
             "versions": versions(),
         }
-        folder.delete("staging")
+        folder.delete(staging.STAGING)
         folder.write_json("manifest.json", manifest)
     return Prepared(folder, manifest)
 

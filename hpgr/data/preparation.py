@@ -30,6 +30,7 @@ import hpgr
 from hpgr.artifacts import FORMAT, Folder, absolute, check_format, fingerprint
 from hpgr.config import Config, Data, dump
 from hpgr.data import split as splits
+from hpgr.data import staging
 from hpgr.data.hashing import hash_text
 from hpgr.data.lists import LATE, list_columns
 from hpgr.data.ordering import order_rows
@@ -38,7 +39,7 @@ from hpgr.data.synthetic import LOG_COLUMNS, write_log
 from hpgr.data.timelines import column_names, encode, training_rows, write_timelines
 from hpgr.data.validation import empty_rows, needed_columns, validate
 from hpgr.data.vocabulary import Vocabulary, count, merge
-from hpgr.errors import ArtifactError, ConfigError, DataError, StoreError
+from hpgr.errors import ArtifactError, ConfigError, DataError
 from hpgr.locks import held
 from hpgr.schema import ITEM, LIST_PREFIX, SECOND, TRAIN, USER, Array, Ints, Timelines, offsets_of
 
@@ -149,7 +150,7 @@ def prepare(config: Config, execute: Execute, say: Callable[[str], None]) -> Pre
             "settings": settings,
             **job.run(pieces),
         }
-        folder.delete("staging")
+        folder.delete(staging.STAGING)
         folder.write_json("manifest.json", manifest)
     return Prepared(folder, manifest)
 
@@ -173,7 +174,7 @@ def _generated(data: Data, say: Callable[[str], None]) -> str:
     """The generated log, which is written unless it is there."""
     log = generated_log(data)
     filesystem, path = log.path()
-    with writing(path), sole(log, say):
+    with staging.writing(path), sole(log, say):
         filesystem.create_dir(path, recursive=True)
         write_log(data.synthetic, path, filesystem)
     say(f"prepare: no data.path, using the generated log in {log.uri}")
@@ -347,10 +348,6 @@ def versions() -> dict[str, str]:
             "python": platform.python_version()}  # fmt: skip
 
 
-def _raw(bucket: int, fragment: Fragment) -> str:
-    return f"staging/raw/{bucket:05d}/{fragment.index:06d}-{fragment.first:06d}.arrow"
-
-
 def scan(fragment: Fragment, data: Data, folder: Folder, buckets: int) -> dict[str, Any]:
     """Validate a fragment and deal its rows to bucket files by user hash; returns its account, and which columns are
     there."""
@@ -368,7 +365,9 @@ def scan(fragment: Fragment, data: Data, folder: Folder, buckets: int) -> dict[s
             good, starts = dealt(checked.rows, buckets)
             for bucket in np.flatnonzero(np.diff(starts)).tolist():
                 if bucket not in writers:
-                    writers[bucket] = stack.enter_context(ipc_writer(folder, _raw(bucket, fragment), schema))
+                    writers[bucket] = stack.enter_context(
+                        staging.writer(folder, staging.raw_file(bucket, fragment), schema)
+                    )
                 part = good.slice(starts[bucket], starts[bucket + 1] - starts[bucket])
                 for i in map(schema.get_field_index, (USER, ITEM)):
                     part = part.set_column(i, schema.field(i), _own_words(part.column(i).combine_chunks()))
@@ -396,62 +395,25 @@ def _own_words(values: pa.DictionaryArray) -> pa.DictionaryArray:
     return pa.DictionaryArray.from_arrays(codes.indices, values.dictionary.take(codes.dictionary))
 
 
-@contextmanager
-def writing(path: str) -> Iterator[None]:
-    """Says what to do if the disk or store refuses."""
-    try:
-        yield
-    except OSError as error:
-        raise StoreError(f"cannot write {path}: {error}; check space and permissions") from None
-
-
-@contextmanager
-def ipc_writer(folder: Folder, name: str, schema: pa.Schema) -> Iterator[ipc.RecordBatchStreamWriter]:
-    filesystem, path = folder.path(name)
-    options = ipc.IpcWriteOptions(compression="lz4")
-    with writing(path):
-        filesystem.create_dir(path.rpartition("/")[0], recursive=True)
-        with filesystem.open_output_stream(path) as sink, ipc.new_stream(sink, schema, options=options) as writer:
-            yield writer
-
-
-def _read_ipc(folder: Folder, name: str) -> pa.Table:
-    """The whole file at once: a store would be asked for each of its headers."""
-    return ipc.open_stream(folder.read(name)).read_all()
-
-
-def _write_ipc(folder: Folder, name: str, table: pa.Table) -> None:
-    with ipc_writer(folder, name, table.schema) as writer:
-        writer.write_table(table)
-
-
-def _sorted(bucket: int) -> str:
-    return f"staging/sorted/{bucket:05d}.arrow"
-
-
-def _counts(bucket: int) -> str:
-    return f"staging/counts/{bucket:05d}.arrow"
-
-
 def ordered_rows(bucket: int, folder: Folder) -> pa.Table:
     """Canonical rows of a bucket as `sort` left them."""
-    return _read_ipc(folder, _sorted(bucket)).combine_chunks()
+    return staging.read(folder, staging.sorted_file(bucket)).combine_chunks()
 
 
 def sort(bucket: int, data: Data, folder: Folder, hours: bool) -> dict[str, Any]:
     """Order one bucket and drop its duplicates; `hours` asks for the histogram of impressions by hour."""
-    raw = f"staging/raw/{bucket:05d}"
-    parts = [_read_ipc(folder, f"{raw}/{name}") for name in folder.entries(raw)]
+    raw = staging.raw_folder(bucket)
+    parts = [staging.read(folder, f"{raw}/{name}") for name in folder.entries(raw)]
     rows = pa.concat_tables([empty_rows(data), *parts]).unify_dictionaries().combine_chunks()
     table, duplicates = order_rows(rows)
-    _write_ipc(folder, _sorted(bucket), table)
+    staging.write(folder, staging.sorted_file(bucket), table)
     histogram = splits.histogram(splits.target_times(table), splits.HOUR) if hours else {}
     return {"rows": table.num_rows, "duplicates": duplicates, "hours": histogram}
 
 
 def refine(bucket: int, folder: Folder, hours: tuple[int, ...]) -> list[dict[int, int]]:
     """Impressions a second inside each of the given hours."""
-    time = splits.target_times(_read_ipc(folder, _sorted(bucket)))
+    time = splits.target_times(staging.read(folder, staging.sorted_file(bucket)))
     inside = [time[time // splits.HOUR == hour] for hour in hours]
     return [splits.histogram(t, SECOND) for t in inside]
 
@@ -460,13 +422,13 @@ def count_bucket(bucket: int, data: Data, folder: Folder, cuts: splits.CutOffs |
     """Count a bucket's training values into staging/counts; returns its split account."""
     table = ordered_rows(bucket, folder)
     training, account = training_rows(table, data, cuts)
-    _write_ipc(folder, _counts(bucket), count(table, training, data))
+    staging.write(folder, staging.counts_file(bucket), count(table, training, data))
     return account
 
 
 def merge_counts(buckets: int, data: Data, folder: Folder) -> dict[str, Any]:
     """Build and write the vocabulary from all buckets' counts; returns its sizes."""
-    counts = merge(_read_ipc(folder, _counts(b)) for b in range(buckets))
+    counts = merge(staging.read(folder, staging.counts_file(b)) for b in range(buckets))
     vocabulary = Vocabulary.from_counts(counts, data.vocabulary, data.features)
     if not vocabulary.items.num_rows:
         raise DataError(
