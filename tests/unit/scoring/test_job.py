@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,12 @@ from helpers_model import CPU, quiet
 from helpers_scoring import batch, finished_run, impressions, item_ids, raw_log, score_here, scores_in, write
 
 from hpgr.artifacts import Folder
-from hpgr.data.new_log import prepare_new
-from hpgr.data.preparation import Prepared, in_process
+from hpgr.data.preparation import in_process
 from hpgr.data.stream import LocalSource
 from hpgr.errors import ArtifactError, ConfigError, DataError, HpgrError
 from hpgr.evaluation import rank_next_items
 from hpgr.scoring import job, output
-from hpgr.scoring.finished import Finished, open_finished
+from hpgr.scoring.finished import Finished
 from hpgr.scoring.job import Wish, account_lines, batch_score, moment
 
 
@@ -166,18 +164,6 @@ def test_a_row_without_a_time_has_the_earliest_of_its_request(
     told, moved = scored(later, later, later + 5, at, at), scored(at, later, later + 5, at, at)
     np.testing.assert_allclose(given["score"].to_numpy(), told["score"].to_numpy(), rtol=0, atol=1e-6)
     assert np.abs(moved["score"].to_numpy() - told["score"].to_numpy())[:3].min() > 1e-6
-
-
-def test_request_columns_may_bear_the_outputs_names(tmp_path: Path) -> None:
-    log = raw_log(finished_run(tmp_path / "plain").run)
-    names = {"list_id": "score", "user_id": "user"}
-    path = write(tmp_path / "log.parquet", log.rename_columns([names.get(n, n) for n in log.column_names]))
-    columns = {"user": "user", "request": ["user", "score"]}
-    finished = finished_run(tmp_path / "run", data={"path": path, "columns": columns})
-    asked = write(tmp_path / "c.parquet", {"user": ["u", "u"], "item_id": ["x", "y"], "score": ["l", "l"]})
-    table = batch(finished, tmp_path / "out", candidates=asked)[1]
-    assert table.column_names == ["user", "item", "request:user", "request:score", "score", "rank", "run"]
-    assert table["request:score"].to_pylist() == ["l", "l"]
 
 
 def test_unusable_candidates_are_quarantined_with_the_reason(
@@ -496,14 +482,6 @@ def test_what_cannot_be_done_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_runs_without_pgsa_or_stage_1_say_what_they_lack(tmp_path: Path) -> None:
-    plain = finished_run(tmp_path, model={"pgsa": {"enabled": False, "summaries": 0}}, stage1={"enabled": False})
-    with pytest.raises(ArtifactError, match="no stage 1"):
-        batch(plain, tmp_path / "out", top_n=3)
-    with pytest.raises(ConfigError, match="--explain"):
-        batch(plain, tmp_path / "out", candidates="c.parquet", explain=True)
-
-
 @pytest.mark.parametrize(
     ("text", "expected"),
     [(None, 8_000_000), ("1700000000", 1_700_000_000_000_000), ("2026-01-31T06:00:00", 1_769_839_200_000_000),
@@ -516,35 +494,3 @@ def test_moments(finished: Finished, text: str | None, expected: int) -> None:
 def test_ids_of_the_helper_are_the_vocabularys(finished: Finished, items: list[str]) -> None:
     first = finished.run.sizes().first_item
     assert item_ids(finished, [first, first + 1, 2]) == [items[0], items[1], None]
-
-
-def test_a_run_folder_is_enough_for_new_users(tmp_path: Path) -> None:
-    """The prepared log is gone: the run's copy of its vocabulary scores a new log as before, and nothing else."""
-    before = finished_run(tmp_path)
-    log = write(tmp_path / "new/log.parquet", raw_log(before.run))
-    items = before.run.prepared.vocabulary().items["value"].to_pylist()[:3]
-    asked = {"users": log, "candidates": write(tmp_path / "items.parquet", {"item_id": items})}
-    _, expected = batch(before, tmp_path / "before", **asked)
-    before.run.prepared.keep(before.run.folder.sub("prepared"))
-    shutil.rmtree(before.run.prepared.folder.uri)
-    after = open_finished(before.run.folder.uri)
-    assert after.run.prepared.folder.uri == before.run.folder.sub("prepared").uri
-    _, found = batch(after, tmp_path / "after", **asked)
-    assert found.equals(expected)
-    with pytest.raises(ArtifactError, match=r"timelines of the log .* are gone; give --users"):
-        batch(after, tmp_path / "own", candidates=asked["candidates"])
-
-
-def test_a_run_knows_where_its_log_is(tmp_path: Path) -> None:
-    finished = finished_run(tmp_path)
-    moved = tmp_path / "elsewhere/log"
-    moved.parent.mkdir()
-    shutil.move(finished.run.prepared.folder.uri, moved)
-    with pytest.raises(ArtifactError, match="name the prepared log with --prepared"):
-        open_finished(finished.run.folder.uri)
-    Prepared.open(Folder(str(moved))).keep(finished.run.folder.sub("prepared"))
-    again = open_finished(finished.run.folder.uri)
-    assert again.run.prepared.folder.uri == str(moved)
-    new = write(tmp_path / "new/log.parquet", raw_log(finished.run))
-    users = prepare_new(again.config.data, again.run.prepared, [new], in_process, quiet)
-    assert Path(users.folder.uri).parent == moved.parent  # beside the log, wherever the job runs
