@@ -40,6 +40,10 @@ class TrainingError(HpgrError, RuntimeError):
     goes_on = False
 
 
+class DeviceMemoryError(TrainingError):
+    """A GPU has no room for a training step; another GPU, or other `resources`, may have."""
+
+
 class WorkersLostError(TrainingError):
     """Training's workers were lost more often than resources.max_failures allows."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -331,6 +332,7 @@ def gloo_worker(rank: int, world: int, runs: list[tuple[dict[str, Any], str, int
     from hpgr.training.two_stage import train
 
     torch.set_num_threads(1)
+    warnings.simplefilter("error", FutureWarning)  # a process of its own: pytest's filters are not known here
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
     try:
         for config, folder, optimiser.SPARSE_ROWS in runs:

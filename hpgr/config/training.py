@@ -109,11 +109,12 @@ class Scoring(Section):
 
 
 class Resources(Section):
-    """What a run takes of the cluster; it changes no result beyond rounding: workers add up in another order, a GPU
-    trains in bf16. `auto` is settled when Ray is there, see hpgr.sizing."""
+    """What a run takes of the cluster. The number of workers changes no result beyond rounding: they add up in another
+    order. A GPU trains in bf16 and draws other dropout, so its figures differ as another seed's do. `auto` is settled
+    when Ray is there, see hpgr.sizing."""
 
     workers: Natural | Auto = 1
-    """Ray Train workers; 0 trains inside the driver. auto: one a GPU, without GPUs one a node; a trial or a
+    """Ray Train workers; 0 trains inside the driver, on CPUs. auto: one a GPU, without GPUs one a node; a trial or a
     cell has one."""
     gpu: bool | Auto = False
     """One GPU a worker, nccl and bf16 autocast. auto: where the cluster has some."""
@@ -136,6 +137,12 @@ class Resources(Section):
     """How long to wait for what the cluster may give but has not free, before giving up."""
     max_failures: Natural = 2
     """Worker-group restarts, each from the last checkpoint."""
+
+    @model_validator(mode="after")
+    def _has_a_worker_for_its_gpu(self) -> Resources:
+        if self.workers == 0 and self.gpu is True:
+            raise ValueError("gpu true needs a worker, for the driver trains on CPUs: got workers 0, set workers to 1")
+        return self
 
     @property
     def count(self) -> int:

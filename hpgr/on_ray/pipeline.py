@@ -38,7 +38,7 @@ from hpgr.training.two_stage import INDEXES, Run
 
 Say = Callable[[str], None]
 FREE_ON_RESUME = ("resources", "checkpoints", "tracking")
-"""Sections that may differ when a run goes on: they change no result."""
+"""Sections that may differ when a run goes on: they are not what is trained, but where and how it is kept."""
 FIRST_FILES = ("config.yaml", "run.json", "log.jsonl")
 """What a run's folder holds before its log is prepared."""
 

@@ -26,7 +26,7 @@ from hpgr.artifacts import SPACE, Folder, refusal
 from hpgr.config import validate
 from hpgr.data.preparation import Prepared
 from hpgr.data.stream import LocalSource
-from hpgr.errors import HpgrError, TrainingError, WorkersLostError
+from hpgr.errors import ConfigError, DataError, HpgrError, TrainingError, WorkersLostError
 from hpgr.on_ray.cluster import here, wait_for
 from hpgr.on_ray.metrics import export
 from hpgr.on_ray.session import quieten
@@ -107,8 +107,12 @@ class Mailbox:
     def say(self, line: str) -> None:
         self.lines.append(line)
 
+    def begin(self) -> None:
+        """What an attempt before ended with does not tell how this one will."""
+        self.error = None
+
     def finish(self, result: Any) -> None:
-        self.result, self.error = result, None
+        self.result = result
 
     def fail(self, kind: str, message: str) -> None:
         self.error = (kind, message)
@@ -234,6 +238,8 @@ def _worker(payload: dict[str, Any]) -> None:
     log = Log(run.folder, active=rank == 0)
     say = lambda line: ray.get(mailbox.say.remote(line))
     try:
+        if rank == 0:
+            ray.get(mailbox.begin.remote())
         place = ray.util.get_current_placement_group()
         where = {"place": place.id.hex()} if place is not None else {}
         report = lambda told: ray.train.report(told | where)
@@ -241,9 +247,9 @@ def _worker(payload: dict[str, Any]) -> None:
         if rank == 0:
             ray.get(mailbox.finish.remote(result))
     except HpgrError as error:
-        # A user's error would only repeat itself: hand it over and end without another try.
+        # What all workers end by alike would only repeat itself: hand it over and end without another try.
         ray.get(mailbox.fail.remote(type(error).__name__, str(error)))
-        if isinstance(error, TrainingError):
+        if isinstance(error, ConfigError | DataError | TrainingError):
             return
         raise
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +11,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
+_SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")  # as torch calls it from 2.13 on, and before
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
 
 
 def world() -> int:
@@ -51,4 +57,5 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     if world() == 1:
         return model
     ids = [device.index or 0] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, find_unused_parameters=True, broadcast_buffers=False)
+    as_they_are: dict[str, Any] = {_SYNC_BUFFERS: False}
+    return DistributedDataParallel(model, device_ids=ids, find_unused_parameters=True, **as_they_are)

@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hpgr.artifacts import Folder
 from hpgr.config import Checkpoints
 from hpgr.data.hashing import combine
 from hpgr.data.stream import Source, Step
-from hpgr.errors import DataError, TrainingError
+from hpgr.errors import DataError, DeviceMemoryError, TrainingError
 from hpgr.model.attention import train_attention
 from hpgr.model.inputs import LANES, Inputs, pad
 from hpgr.model.noise import Noise
@@ -91,6 +91,7 @@ def fit(stage: Stage, context: Context) -> Progress:
 
     Raises:
         TrainingError: the loss or its gradient is not finite (before the optimiser could spread it).
+        DeviceMemoryError: a GPU has no room for the heaviest batch.
     """
     return _Loop(stage, context).run()
 
@@ -152,10 +153,20 @@ class _Loop:
             checkpoint.best_weights(self.context.folder, state)
 
     def _rehearse(self) -> None:
-        """One forward and backward of the heaviest batch, so that a lack of memory shows now."""
-        output = self._forward(self._padded(self.context.mock()), 0)
-        (output.loss * 0).backward()
+        """One forward and backward of the heaviest batch, so that a lack of memory shows now, and to all workers: each
+        rehearses by itself, for one that has no room would leave the others waiting for its gradients."""
+        lack = ""
+        try:
+            output = self._forward(self.model, self._padded(self.context.mock()), 0)
+            (output.loss * 0).backward()
+        except torch.OutOfMemoryError as error:
+            lack = str(error).split("\n")[0]
         self.optimiser.zero_grad(set_to_none=True)
+        if any(lacks := distributed.gather(lack)):
+            raise DeviceMemoryError(
+                f"{self.stage.name}: {max(lacks)}: a step on the heaviest batch does not fit; set resources.recompute "
+                "to true (a run may go on with it by --resume), or lower stream.batch_tokens or stream.window"
+            )
 
     def _train(self) -> None:
         p, stage = self.progress, self.stage
@@ -213,16 +224,16 @@ class _Loop:
     def _padded(self, batch: Batch) -> Inputs:
         return pad(batch, self.context.device, self.context.lanes)
 
-    def _forward(self, inputs: Inputs, step: int) -> Any:
-        self.parallel.train() if hasattr(self, "parallel") else self.model.train()
+    def _forward(self, model: nn.Module, inputs: Inputs, step: int) -> Any:
+        model.train()
         seed = int(combine(self.context.seed, _stage_number(self.stage.name), step)[()])
         noise = Noise(seed, inputs.key, self.context.row_places, self.context.device)
         with self.context.autocast():
-            return self.parallel(inputs, noise, **self.stage.extras(step, self.context.device))
+            return model(inputs, noise, **self.stage.extras(step, self.context.device))
 
     def _step(self, step: Step, inputs: Inputs) -> None:
         p = self.progress
-        output = self._forward(inputs, p.global_step)
+        output = self._forward(self.parallel, inputs, p.global_step)
         real = float(step.real)
         sums = torch.stack([output.loss.detach().double() * real, output.terms.double() * real]).cpu()
         counts = torch.tensor(counts_of(step.batch, inputs), dtype=torch.float64) * real

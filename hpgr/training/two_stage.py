@@ -20,7 +20,7 @@ from hpgr.data.batches import mock_batch
 from hpgr.data.click_tables import PRIOR, rate_users
 from hpgr.data.preparation import Prepared
 from hpgr.data.stream import Source, StreamSpec
-from hpgr.errors import ArtifactError, TrainingError
+from hpgr.errors import ArtifactError, DeviceMemoryError, TrainingError
 from hpgr.evaluation import click_scores, score, scoring_cost
 from hpgr.metrics import auc
 from hpgr.model.attention import check_compiler
@@ -233,7 +233,7 @@ def _known(folder: Folder, name: str) -> dict[str, Any] | None:
 
 def _fit_once(run: Run, worker: Worker, stage: Stage) -> Progress:
     """Train a stage. A shared one that fails by numerics is not begun again: the same computation would only repeat it,
-    for each run that shares it.
+    for each run that shares it. A lack of memory is the GPU's, not the computation's.
 
     Raises:
         TrainingError: as `fit`, or what it raised when another run came here.
@@ -246,7 +246,7 @@ def _fit_once(run: Run, worker: Worker, stage: Stage) -> Progress:
     try:
         return fit(stage, loop_context(run, worker, folder, stage.name))
     except TrainingError as error:
-        if first and shared and not error.goes_on:
+        if first and shared and not (error.goes_on or isinstance(error, DeviceMemoryError)):
             folder.write_json(_FAILED, {"error": str(error)})
         raise
 

@@ -35,6 +35,11 @@ def auto(**values: object) -> Resources:
     return resources(workers="auto", gpu="auto", cpus_per_worker="auto", **values)
 
 
+def test_the_driver_trains_on_no_gpu() -> None:
+    with pytest.raises(ConfigError, match=r"resources: .*got workers 0, set workers to 1"):
+        resources(workers=0, gpu=True)
+
+
 @pytest.mark.parametrize(
     ("name", "workers", "gpu", "cpus"),
     [("laptop", 1, False, 1.0), ("8 GPUs", 8, True, 11.0), ("mixed", 3, True, 4.0), ("asleep", 4, True, 7.0)],

@@ -10,8 +10,9 @@ import torch
 from helpers_model import CountingSource, FailingSource, Interrupted, log_config, make_run, worker
 
 from hpgr.config import Config, dump, validate
-from hpgr.errors import TrainingError
+from hpgr.errors import DeviceMemoryError, TrainingError
 from hpgr.model.base import ItemModel
+from hpgr.model.sem import Sem
 from hpgr.search.space import placed
 from hpgr.training.loop import fit
 from hpgr.training.two_stage import Run, has_ended, item_stage, loop_context, stage_key, train
@@ -152,6 +153,27 @@ def test_a_shared_stage_1_that_fails_is_not_begun_again_by_those_who_share_it(co
     with pytest.raises(TrainingError):
         train(first, worker(), test=False)
     assert not first.folder.exists("stage1/failed.json"), "a stage of its own goes on from its checkpoint"
+
+
+def test_a_gpu_without_room_says_what_to_lower_and_another_may_try(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(config, tmp_path)
+    shared = run.folder.sub("shared")
+    run = Run(config, run.folder, run.prepared, shared, run.index_folder)
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    with monkeypatch.context() as small:
+        small.setattr(Sem, "forward", full)
+        with pytest.raises(DeviceMemoryError) as error:
+            train(run, worker(), test=False)
+    assert str(error.value).startswith("stage1: CUDA out of memory. Tried to allocate 2.00 GiB.: ")
+    assert all(key in str(error.value) for key in ("resources.recompute", "stream.batch_tokens", "stream.window"))
+    assert not error.value.goes_on, "the same job on the same GPUs would only repeat it"
+    assert not has_ended(shared)
+    train(run, worker(), test=False)
 
 
 def test_a_shared_stage_1_that_was_interrupted_goes_on(config: Config, tmp_path: Path) -> None:
