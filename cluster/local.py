@@ -143,11 +143,14 @@ def _sweep(folder: Path) -> None:
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=3, help="most worker nodes")
+    parser.add_argument("--workers", type=int, default=3, help="most worker nodes, 1 or more")
     parser.add_argument("--cpus", type=float, default=1, help="CPUs of a worker node")
     parser.add_argument("--idle", type=float, default=15, help="seconds without work before a node is taken away")
     parser.add_argument("command", nargs="*", help="what to run on it, after --")
     arguments = parser.parse_args(argv)
+    if arguments.workers < 1:
+        parser.error(f"--workers: got {arguments.workers}, expected 1 or more")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: no raylet outlives it
     with local_cluster(Shape(arguments.workers, arguments.cpus, arguments.idle)) as found:
         print(
             "local cluster: export " + " ".join(f"{k}={v}" for k, v in found.items() if k != "PYTHONPATH"), flush=True

@@ -129,7 +129,8 @@ def settled(resources: Resources, cluster: Cluster, alone: bool = True) -> Resou
 def training_ask(resources: Resources, cluster: Cluster) -> Ask:
     """What the trainers of settled resources ask for, with their data tasks."""
     cpus = cpus_per_worker(resources, cluster)
-    remedy = "lower resources.workers or resources.cpus_per_worker" + " or resources.gpu" * resources.on_gpu
+    without = ", or set resources.gpu to false" if resources.on_gpu else ""
+    remedy = f"lower resources.workers or resources.cpus_per_worker{without}"
     return Ask("worker", remedy, resources.count, cpus, float(resources.on_gpu), resources.data_cpus)
 
 

@@ -66,10 +66,9 @@ def parser() -> argparse.ArgumentParser:
 
 def positive(text: str) -> int:
     """A whole number of 1 or more."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"got {text}, expected 1 or more")
-    return value
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of 1 or more")
+    return int(text)
 
 
 def workers(text: str) -> tuple[int, int | None]:
@@ -79,7 +78,7 @@ def workers(text: str) -> tuple[int, int | None]:
     least, _, most = text.partition(":")
     try:
         bounds = positive(least), positive(most) if most else None
-    except (ValueError, argparse.ArgumentTypeError):
+    except argparse.ArgumentTypeError:
         raise ConfigError(f"--workers: got {text!r}, expected MIN or MIN:MAX, for example 2:8") from None
     if bounds[1] is not None and bounds[0] > bounds[1]:
         raise ConfigError(f"--workers: got {text!r}, at least is more than at most")

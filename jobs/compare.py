@@ -5,7 +5,8 @@ python jobs/compare.py --config jobs/configs/compare-smoke.yaml                 
 python jobs/compare.py --config jobs/configs/compare-ml-100k.yaml --set data.path=ml-100k.parquet --rows hpgr mtgr
 python jobs/compare.py --run runs/mine --resume                                       # go on after an interruption
 python jobs/compare.py --run runs/mine --resume --set compare.seeds=[0,1,2,3,4]       # ... with more seeds
-ray job submit --working-dir . -- python jobs/compare.py --config jobs/configs/compare-ml-1m.yaml --run s3://bucket/all
+ray job submit --working-dir . -- python jobs/compare.py --config jobs/configs/compare-ml-1m.yaml \\
+    --set data.path=s3://bucket/ml-1m.parquet --run s3://bucket/all
 """
 
 import shlex
@@ -21,8 +22,8 @@ MATRIX = "compare."
 
 
 def job(argv: Sequence[str]) -> None:
-    parser = command.parser(str(__doc__))
-    parser.add_argument("--run", metavar="DIR", help="folder of the comparison, local or s3:// (default: runs/...)")
+    parser = command.parser(str(__doc__), "matrix, such as jobs/configs/compare-smoke.yaml (needed unless --resume)")
+    parser.add_argument("--run", metavar="DIR", help="its folder, local or s3://, gs:// (default: runs/...)")
     parser.add_argument("--rows", metavar="ROW", nargs="+", help="these rows of the matrix alone, and their studies")
     parser.add_argument("--resume", action="store_true", help="go on with the comparison in --run")
     arguments = parser.parse_args(argv)

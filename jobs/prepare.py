@@ -3,7 +3,8 @@
 
 python jobs/prepare.py                                            # the generated log
 python jobs/prepare.py --config jobs/configs/ml-1m.yaml --set data.path=s3://bucket/ml-1m/
-ray job submit --working-dir . -- python jobs/prepare.py --config jobs/configs/ml-1m.yaml
+ray job submit --working-dir . -- python jobs/prepare.py --config jobs/configs/ml-1m.yaml \\
+    --set data.path=s3://bucket/ml-1m/ --set data.prepared=s3://bucket/prepared
 """
 
 import sys

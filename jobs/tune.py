@@ -37,11 +37,12 @@ def job(argv: Sequence[str]) -> None:
     if arguments.print_config and config is not None:
         return command.print_config(config)
 
-    from hpgr.on_ray.tune import SearchRequest, search, stored_config, stored_space
+    from hpgr.on_ray.pipeline import stored_config
+    from hpgr.on_ray.tune import SearchRequest, search, stored_space
     from hpgr.report.search import search_summary
     from hpgr.search.space import load_space
 
-    config = config or stored_config(arguments.run, arguments.overrides)
+    config = config or stored_config(arguments.run, arguments.overrides, "search")
     if arguments.print_config:
         return command.print_config(config)
     space = load_space(arguments.space, own) if arguments.space else stored_space(arguments.run, own)

@@ -4,8 +4,10 @@
 python jobs/two_stage.py                                          # a generated log, a local Ray
 python jobs/two_stage.py --config jobs/configs/ml-100k.yaml --set data.path=ml-100k.parquet
 python jobs/two_stage.py --run runs/mine --resume                 # go on with an interrupted run
+python jobs/two_stage.py --run runs/mine --resume --set resources.workers=2   # ... with other resources
 ray job submit jobs/two_stage.py                                  # from the repository root
-ray job submit --working-dir . -- python jobs/two_stage.py --config jobs/configs/ml-100k.yaml
+ray job submit --working-dir . -- python jobs/two_stage.py --config jobs/configs/ml-100k.yaml \\
+    --set data.path=s3://bucket/ml-100k.parquet --run s3://bucket/runs/mine
 """
 
 import shlex
@@ -25,15 +27,17 @@ def job(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     if arguments.resume and not arguments.run:
         parser.error("--resume needs --run DIR, the run to go on with")
-    own = arguments.resume and not arguments.config and not arguments.overrides
-    config = None if own else command.configuration(arguments)
+    config = None if arguments.resume and not arguments.config else command.configuration(arguments)
     if arguments.print_config and config is not None:
         return command.print_config(config)
 
-    from hpgr.on_ray.pipeline import Request, two_stage
+    from hpgr.on_ray.pipeline import Request, stored_config, two_stage
     from hpgr.report.run import summary_text
 
-    run = arguments.run or command.new_run(config.name if config else "run")
+    config = config or stored_config(arguments.run, arguments.overrides)
+    if arguments.print_config:
+        return command.print_config(config)
+    run = arguments.run or command.new_run(config.name)
     with command.resumable(argv, run):
         metrics, folder = two_stage(Request(run, config, arguments.resume), command.say)
     print(summary_text(metrics, folder, next_commands(folder)), flush=True)

@@ -194,7 +194,10 @@ class Data(Section):
         if utc_us(self.earliest) >= utc_us(self.latest):
             raise ValueError(f"earliest {self.earliest} must be before latest {self.latest}")
         if self.path is not None and self.columns.label is None:
-            raise ValueError("columns.label is missing: stage 2 learns from labelled impressions")
+            raise ValueError(
+                "columns.label is missing: name the column of clicks, 0 or 1, or one that label_rule turns into them; "
+                "stage 2 learns from it"
+            )
         return self
 
 

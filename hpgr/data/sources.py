@@ -154,7 +154,7 @@ def fragments(files: Sequence[SourceFile], columns: Sequence[str]) -> list[Fragm
         missing = [c for c in columns if c not in names] if names is not None else []
         if missing:
             raise DataError(f"{file.uri}: no column {', '.join(map(repr, missing))}; it has {', '.join(names or [])}; "
-                            "set data.columns and data.features to match")  # fmt: skip
+                            "set data.columns, data.features, data.history and data.impressions to match")  # fmt: skip
         twice = [c for c in columns if names is not None and names.count(c) > 1]
         if twice:
             raise DataError(f"{file.uri}: more than one column {', '.join(map(repr, twice))}, and no telling which is "

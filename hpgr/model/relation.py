@@ -147,7 +147,7 @@ def check_triton(device: torch.device) -> None:
     if missing := lacking(device):
         raise ConfigError(
             f"model.pgsa.impl triton: got a model on {device.type} and no {missing}, expected a CUDA GPU, triton "
-            "(pip install 'hpgr[triton]') and a C compiler, which triton builds its launchers by; "
+            "(pip install -e '.[triton]') and a C compiler, which triton builds its launchers by; "
             "use model.pgsa.impl=auto here"
         )
 

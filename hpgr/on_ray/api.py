@@ -71,16 +71,16 @@ def train(
     Args:
         settings, overrides: see `configuration`.
         run: run folder, local or s3://, gs:// (default: runs/<name>-<time>).
-        resume: go on with the run in `run`; without settings by its own.
+        resume: go on with the run in `run`; without settings by its own, of which overrides may change the resources.
         say: gets the job's lines of progress.
 
     Raises:
         HpgrError: what was got, what was expected and what to do.
     """
-    own = resume and settings is None and not overrides
-    config = None if own else configuration(settings, overrides)
     if resume and run is None:
         raise ConfigError("resume goes on with a run: give its folder as run")
-    folder = run or command.new_run(config.name if config else "run")
+    own = run if resume and settings is None else None
+    config = pipeline.stored_config(own, overrides) if own else configuration(settings, overrides)
+    folder = run or command.new_run(config.name)
     metrics, folder = pipeline.two_stage(pipeline.Request(folder, config, resume), say)
     return Trained(folder, metrics)

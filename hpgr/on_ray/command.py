@@ -23,10 +23,10 @@ DEFAULT = CONFIGS / "synthetic.yaml"
 _START = time.monotonic()
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """Arguments of every job that takes a configuration."""
+def parser(description: str, config: str = "YAML file (default: the generated log)") -> argparse.ArgumentParser:
+    """Arguments of every job that takes a configuration; `config` says what its file is."""
     out = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    out.add_argument("--config", metavar="FILE", help="YAML file (default: the generated log)")
+    out.add_argument("--config", metavar="FILE", help=config)
     out.add_argument(
         "--set",
         metavar="A.B=C",

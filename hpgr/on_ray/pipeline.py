@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 
 import hpgr
 from hpgr.artifacts import ASIDE, FORMAT, Folder, absolute, check_format
-from hpgr.config import Config, dump, to_yaml, validate
+from hpgr.config import Config, dump, override, to_yaml, validate
 from hpgr.data.preparation import Execute, Prepared, check_log, generated_log, prepare
 from hpgr.data.sessions import EDGES, session_statistics
 from hpgr.data.stream import build_index
@@ -45,10 +45,10 @@ FIRST_FILES = ("config.yaml", "run.json", "log.jsonl")
 
 @dataclass(frozen=True)
 class Request:
-    """What a job was asked: the run folder, and the configuration (None with `resume`: the folder's own)."""
+    """What a job was asked: the run folder, and the configuration."""
 
     run: str
-    config: Config | None
+    config: Config
     resume: bool
 
 
@@ -64,23 +64,42 @@ def open_run(request: Request) -> tuple[Config, Folder]:
     stored = folder.read_json("run.json") if folder.exists("run.json") else None
     if stored is not None:
         check_format(stored, f"run folder {folder.uri}")
-    if stored is None or (not request.resume and "kind" not in stored and _holds_nothing(folder)):
+        if "kind" in stored:
+            raise ArtifactError(f"{folder.uri} holds a {stored['kind']}, not a run; give another --run")
+    if stored is None or (not request.resume and _holds_nothing(folder)):
         if request.resume:
-            raise ArtifactError(f"--resume: there is no run in {folder.uri}; leave --resume out to start one there")
-        assert request.config is not None
+            raise nothing_in(folder, "run")
         folder.write("config.yaml", to_yaml(request.config).encode())
         folder.write_json("run.json", {"format": FORMAT, "config": dump(request.config), "versions": versions()})
         return request.config, folder
     if not request.resume:
         raise ArtifactError(f"{folder.uri} already holds a run; add --resume to go on with it, or give another --run")
-    config = validate(stored["config"])
-    if request.config is None:
-        return config, folder
-    changed = changed_sections(config, request.config)
+    changed = changed_sections(validate(stored["config"]), request.config)
     if changed:
         raise ConfigError(f"--resume goes on with the run's own settings, but {', '.join(changed)} differ(s) from "
-                          f"{folder.uri}/config.yaml; leave --config and --set out, or start another run")  # fmt: skip
+                          f"{folder.uri}/config.yaml; leave --config out and --set {', '.join(FREE_ON_RESUME)} alone, "
+                          "or start another run")  # fmt: skip
     return request.config, folder
+
+
+def stored_config(run: str, overrides: Sequence[str], what: str = "run") -> Config:
+    """The configuration of a run, or a search, that goes on, changed by overrides.
+
+    Raises:
+        ArtifactError: there is none in the folder.
+        ConfigError: an override is at fault.
+    """
+    folder = Folder(absolute(run))
+    if not folder.exists("run.json"):
+        raise nothing_in(folder, what)
+    stored = folder.read_json("run.json")
+    check_format(stored, f"run folder {folder.uri}")
+    return validate(stored["config"], [fault for text in overrides if (fault := override(stored["config"], text))])
+
+
+def nothing_in(folder: Folder, what: str) -> ArtifactError:
+    """The error of `--resume` where there is nothing to go on with."""
+    return ArtifactError(f"--resume: there is no {what} in {folder.uri}; leave --resume out to start one there")
 
 
 def _holds_nothing(folder: Folder) -> bool:

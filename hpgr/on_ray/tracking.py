@@ -39,7 +39,7 @@ def check_tracking(config: Config) -> None:
     """
     if config.tracking.mlflow is not None and find_spec("mlflow") is None:
         raise ConfigError("tracking.mlflow: got an address, but the package mlflow is not installed; "
-                          "pip install 'hpgr[mlflow]', or leave it out")  # fmt: skip
+                          "pip install -e '.[mlflow]', or leave it out")  # fmt: skip
 
 
 def record_run(config: Config, folder: Folder, metrics: Mapping[str, Any], curves: Iterable[Mapping[str, Any]],

@@ -14,7 +14,7 @@ import ray.tune
 from ray.tune.error import TuneError
 
 from hpgr.artifacts import FORMAT, Folder, absolute, check_format
-from hpgr.config import Config, Tracking, dump, override, plain_mapping, to_yaml, validate
+from hpgr.config import Config, Tracking, dump, to_yaml, validate
 from hpgr.data.preparation import check_log
 from hpgr.data.stream import build_index
 from hpgr.errors import ArtifactError, ConfigError, HpgrError, TrainingError
@@ -28,7 +28,9 @@ from hpgr.on_ray.pipeline import (
     Say,
     changed_sections,
     keep_log,
+    nothing_in,
     prepared_log,
+    stored_config,
     tell_of_copy,
     two_stage,
     versions,
@@ -106,7 +108,7 @@ def open_search(request: SearchRequest) -> tuple[Config, Space, Folder]:
     folder = Folder(absolute(request.run))
     if not folder.exists("run.json"):
         if request.resume:
-            raise _no_search(folder)
+            raise nothing_in(folder, "search")
         assert request.config is not None
         assert request.space is not None
         spaces.check(request.space, request.config)
@@ -127,21 +129,6 @@ def open_search(request: SearchRequest) -> tuple[Config, Space, Folder]:
     return config, space, folder
 
 
-def stored_config(run: str, overrides: Sequence[str]) -> Config:
-    """The configuration of a search that goes on, changed by overrides.
-
-    Raises:
-        ArtifactError: there is no search in the folder.
-        ConfigError: an override is at fault.
-    """
-    folder = Folder(absolute(run))
-    if not folder.exists("config.yaml"):
-        raise _no_search(folder)
-    raw = plain_mapping(folder.read("config.yaml").decode(), f"config {folder.uri}/config.yaml")
-    faults = [fault for change in overrides if (fault := override(raw, change))]
-    return validate(raw, faults)
-
-
 def stored_space(run: str, overrides: Sequence[str]) -> Space | None:
     """The space of a search that goes on, changed by overrides; None if nothing is to change.
 
@@ -150,10 +137,6 @@ def stored_space(run: str, overrides: Sequence[str]) -> Space | None:
     """
     folder = Folder(absolute(run))
     return read_space(folder.read("space.yaml").decode(), f"{folder.uri}/space.yaml", overrides) if overrides else None
-
-
-def _no_search(folder: Folder) -> ArtifactError:
-    return ArtifactError(f"--resume: there is no search in {folder.uri}; leave --resume out to start one there")
 
 
 def _keep(folder: Folder, config: Config, space: Space, began_with: dict[str, str]) -> None:
@@ -290,7 +273,7 @@ class _Search:
             "versions": versions(),
         }
         # Resources as they were asked for: what `auto` is for a trial says nothing of a run of its own.
-        asked = {"resources": stored_config(self.folder.uri, ()).resources}
+        asked = {"resources": stored_config(self.folder.uri, (), "search").resources}
         self.folder.write("best.yaml", to_yaml(draw.config.model_copy(update=asked)).encode())
         self.folder.write("report.html", render_search(data).encode())
         self.folder.write_json("search.json", result)

@@ -133,5 +133,6 @@ def _manifest(finished: Finished, sizes: Sizes) -> dict[str, Any]:
         "output": {"dtype": "float32", "shape": ["rows", "candidates"], "is": "probability of a click"},
         "least_events": least_events(finished.config.model),
         "window": finished.config.stream.window,
+        "stride": finished.config.stream.spacing,
         "torch": torch.__version__,
     }

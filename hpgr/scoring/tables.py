@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import torch
 
 from hpgr.data.preparation import Prepared, in_process
+from hpgr.errors import ConfigError
 from hpgr.scoring import job, output
 from hpgr.scoring.export import export_run
 from hpgr.scoring.finished import open_finished
@@ -109,6 +110,8 @@ class Scorer:
         Raises:
             HpgrError: the run has no stage 1, or the log's timelines are gone.
         """
+        if n < 1:
+            raise ConfigError(f"n: got {n}, expected 1 or more")
         some = None if users is None else tuple(str(user) for user in users)
         return self._scored(partial(self._shards, users=some), top_n=n, at=at, drop_seen=drop_seen).to_pandas()
 

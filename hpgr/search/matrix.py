@@ -267,9 +267,13 @@ def load_matrix(path: str | Path, overrides: Sequence[str] = (), of_matrix: Sequ
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read matrix {path}: {error}; give a file of jobs/configs such as "
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot read matrix {path}: {why}; give a file of jobs/configs such as "
                           "compare-smoke.yaml") from None  # fmt: skip
     raw = plain_mapping(text, f"matrix {path}")
+    if "data" in raw and "rows" not in raw:
+        raise ConfigError(f"matrix {path}: got a configuration, expected a matrix, which names one as its base and has "
+                          "rows and seeds, such as jobs/configs/compare-smoke.yaml")  # fmt: skip
     faults = [fault for text in of_matrix if (fault := override(raw, text))]
     return resolve(parse_matrix(raw, faults), overrides, Path(path).parent)
 

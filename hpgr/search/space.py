@@ -172,7 +172,8 @@ def load_space(path: str | Path, overrides: Sequence[str] = ()) -> Space:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read space {path}: {error}; give a file of tune_spaces/") from None
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot read space {path}: {why}; give a file of tune_spaces/") from None
     return read_space(text, str(path), overrides)
 
 

@@ -153,7 +153,7 @@ def tell_of_triton(impl: str, worker: Worker) -> None:
     missing = lacking(worker.device) if worker.device.type == "cuda" and impl == "auto" else ""
     if missing:
         worker.say(f"stage2: no {missing}, so model.pgsa.impl auto attends on whole maps here, whose memory grows "
-                   "with the square of histories; pip install 'hpgr[triton]' and a C compiler would help")  # fmt: skip
+                   "with the square of histories; pip install -e '.[triton]' and a C compiler would help")  # fmt: skip
 
 
 def be_deterministic(seed: int, device: torch.device) -> None:
@@ -168,7 +168,7 @@ def _clicks(
 ) -> dict[str, Any]:
     """Figures of stage 2 and, with a test, of the simple scorers beside it; its curve and seconds go to `out`."""
     if run.config.model.with_asvd and not run.sizes().graded:
-        worker.say("stage2: actions tell no more than clicks here: without model.asvd and the question about actions")
+        worker.say("stage2: this log's actions tell no more than its clicks: model.asvd and stage2.action_weight rest")
     stage = ClickStage(run.config, run.sizes(), run.spec("click-train"), run.spec("click-validation"))
     stage.model.know_items(items)
     if stage1 is not None:

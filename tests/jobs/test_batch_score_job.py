@@ -65,6 +65,7 @@ def test_a_job_from_its_command_line(finished: Finished, tmp_path: Path) -> None
     [
         (["--candidates", "nowhere.parquet", "--output", "out"], "--candidates nowhere.parquet"),
         (["--top-n", "5", "--output", "out", "--workers", "many"], "expected MIN or MIN:MAX"),
+        (["--top-n", "five", "--output", "out"], "got 'five', expected a whole number of 1 or more"),
         (["--top-n", "5", "--output", "out", "--resume"], "there is no job"),
     ],
 )

@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from helpers_model import CPU, SIZES, inputs, random_batch, shaken, tiny, widened
 from helpers_scoring import finished_run
 
 import hpgr
+from hpgr.data.hashing import hash_items
 from hpgr.data.stream import LocalSource
 from hpgr.errors import ConfigError
 from hpgr.model.inputs import pad
 from hpgr.model.registry import click_model
-from hpgr.scoring.export import INPUTS, export_model, inputs_of, least_events
+from hpgr.scoring.export import INPUTS, Ranker, export_model, inputs_of, least_events
 
 SHAPES = ((1, 9, 1), (2, 31, 3), (5, 12, 17))
 """Rows, events and candidates; none is the example's."""
@@ -94,3 +97,65 @@ def test_a_run_is_exported_and_loaded_again(tmp_path: Path) -> None:
         np.testing.assert_allclose(program(inputs_of(x)).numpy(), expected.numpy(), rtol=0, atol=1e-5)
     with pytest.raises(ConfigError, match=r"ends in \.pt2"):
         scorer.export(tmp_path / "ranker.onnx")
+
+
+def test_a_server_makes_the_inputs_as_the_page_says(tmp_path: Path) -> None:
+    """By docs/scoring.md, "Serving an exported ranker", from rows of the log and the vocabulary alone."""
+    finished = finished_run(tmp_path)
+    config, prepared = finished.config, finished.run.prepared.folder
+    rows = pd.concat(map(pd.read_parquet, sorted(tmp_path.glob("prepared/generated-*/log/*.parquet"))))
+    user = rows["user_id"].value_counts().index[0]
+    rows = rows[rows["user_id"] == user].assign(tie=lambda r: hash_items(pa.array(r["item_id"])))
+    rows = rows.sort_values(["timestamp", "tie"])
+    events = rows[(rows["event"] == "view") | (rows["clicked"] == 1)]
+    moment = int(events["timestamp"].max()) + 90
+    items = ["new", *rows["item_id"].unique()[:5]]
+    pairs = pd.DataFrame({"user_id": user, "item_id": items, "timestamp": moment, "slot": [9, 0, 1, 2, 3, None]})
+    device = rows["device"].iloc[0]
+
+    words, row_of = prepared.read_json("vocabulary.json"), prepared.read_parquet("vocabulary.parquet")
+    place = {value: i for i, value in enumerate(row_of.column("value").to_pylist())}
+    buckets = len(words["oov_history"])
+
+    def item(name: str) -> int:
+        unknown = 2 + int(hash_items(pa.array([name]))[0]) % buckets
+        return 2 + buckets + place[name] if name in place else unknown
+
+    def category(name: str, value: Any) -> int:
+        known = words["categories"][name]
+        return 0 if value is None else 2 + known.index(value) if value in known else 1
+
+    def tensor(values: Any, dtype: torch.dtype = torch.int64) -> Any:
+        return torch.tensor(np.asarray(values), dtype=dtype)[None]
+
+    window, stride = config.stream.window, config.stream.spacing
+    assert len(events) > window
+    events = events.iloc[-(-(len(events) - window) // stride) * stride :]
+    time, gap = events["timestamp"].to_numpy(), np.diff(events["timestamp"], prepend=events["timestamp"].iloc[0])
+    label = [str(int(v)) if v == v and v is not None else "" for v in events["clicked"]]
+    action = [f"{e}|{v}" for e, v in zip(events[config.data.columns.action or ""], label, strict=True)]
+    mean, sd = words["moments"]["feature:place"]
+    slot = pairs["slot"].to_numpy(float)
+    listed = len([n for n in finished.run.sizes().t_num if n.startswith("list:")])
+    given = {
+        "h_real": tensor(np.ones(len(events)), torch.bool),
+        "h_item": tensor([item(i) for i in events["item_id"]]),
+        "h_time": tensor(time * 1_000_000),
+        "h_action": tensor([category("action", a) for a in action]),
+        "h_visible": tensor([(time < t).sum() for t in time]),
+        "h_session": tensor(np.cumsum(gap > config.stream.session_gap_minutes * 60)),
+        "h_cat": tensor([[category("feature:device", d)] for d in events["device"]]),
+        "h_num": tensor(np.zeros((len(events), 0)), torch.float32),
+        "c_item": tensor([item(i) for i in items]),
+        "c_time": tensor([moment * 1_000_000] * len(items)),
+        "c_visible": tensor([len(events)] * len(items)),
+        "c_cat": tensor([[category("feature:slot", None if s != s else str(int(s))),
+                          category("feature:device", device)] for s in slot]),
+        "c_num": tensor(np.column_stack([np.clip((slot - mean) / sd, -5, 5),
+                                         np.full((len(items), listed), np.nan)]), torch.float32),
+    }  # fmt: skip
+    with torch.no_grad():
+        served = Ranker(finished.click_model(CPU).eval())(given)[0]  # what is exported, see above
+    scores = hpgr.Scorer(finished.run.folder.uri).score(pairs).set_index("item")["score"]
+    assert scores.std() > 1e-3
+    np.testing.assert_allclose(served.numpy(), scores[items].to_numpy(), rtol=0, atol=1e-5)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -60,3 +63,24 @@ def test_from_no_worker_to_three_and_back(tmp_path: Path) -> None:
     assert max(nodes for _, nodes, _ in found["nodes"]) == 3
     assert 0 < found["node_hours"] <= 3 * found["seconds"] / 3600
     assert json.loads((tmp_path / "after.json").read_text())[-1] == 0
+
+
+@pytest.mark.slow
+def test_a_cluster_that_is_told_to_end_leaves_no_process_behind(tmp_path: Path) -> None:
+    """As a scheduler's timeout ends it."""
+    words = [sys.executable, str(ROOT / "cluster/local.py"), "--workers", "1"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    with subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as cluster:
+        assert cluster.stdout is not None
+        found = re.search(r"RAY_AUTH_TOKEN_PATH=(\S+)/token", cluster.stdout.readline())
+        assert found
+        assert of_cluster(found[1])
+        cluster.send_signal(signal.SIGTERM)
+        assert cluster.wait(60) == 143
+    assert not of_cluster(found[1])
+    assert not Path(found[1]).exists()
+
+
+def of_cluster(folder: str) -> list[psutil.Process]:
+    """Processes whose command lines name its folder."""
+    return [p for p in psutil.process_iter(["cmdline"]) if any(folder in word for word in p.info["cmdline"] or [])]

@@ -21,9 +21,10 @@ from hpgr.config import Config, dump, validate
 from hpgr.errors import ArtifactError, ConfigError, DataError, HpgrError, StoreError, TrainingError, WorkersLostError
 from hpgr.on_ray import beside, cells, compare, pipeline, trials, tune
 from hpgr.on_ray.cluster import settle
+from hpgr.on_ray.pipeline import stored_config
 from hpgr.on_ray.searcher import Clock, StudySearcher
 from hpgr.on_ray.trials import Place
-from hpgr.on_ray.tune import SearchRequest, open_search, stored_config, stored_space
+from hpgr.on_ray.tune import SearchRequest, open_search, stored_space
 from hpgr.search.matrix import Plan, parse_matrix
 from hpgr.search.space import Space, load_space, parse_space
 from hpgr.search.study import Study
@@ -186,16 +187,16 @@ def test_a_budget_changed_by_a_resume_is_kept(tmp_path: Path) -> None:
 def test_overrides_of_a_resume_change_the_searchs_own_configuration(tmp_path: Path) -> None:
     own = validate({"model": {"width": 32}})
     open_search(request(tmp_path, own, space(), resume=False))
-    changed = stored_config(str(tmp_path), ["resources.max_failures=7"])
+    changed = stored_config(str(tmp_path), ["resources.max_failures=7"], "search")
     assert (changed.model.width, changed.resources.max_failures) == (32, 7)
     assert open_search(request(tmp_path, changed, None))[0] == changed
     assert open_search(request(tmp_path, None, None))[0] == changed
     with pytest.raises(ConfigError, match="model"):
-        open_search(request(tmp_path, stored_config(str(tmp_path), ["model.width=64"]), None))
+        open_search(request(tmp_path, stored_config(str(tmp_path), ["model.width=64"], "search"), None))
     with pytest.raises(ConfigError, match="widht"):
-        stored_config(str(tmp_path), ["model.widht=64"])
+        stored_config(str(tmp_path), ["model.widht=64"], "search")
     with pytest.raises(ArtifactError, match="there is no search"):
-        stored_config(str(tmp_path / "none"), [])
+        stored_config(str(tmp_path / "none"), [], "search")
 
 
 @pytest.mark.parametrize("step", ["run_of", "_trained"])

@@ -110,7 +110,7 @@ def test_off_by_default(folder: Folder) -> None:
 def test_a_missing_package_is_told_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "find_spec", lambda name: None)
     tracking.check_tracking(validate({}))
-    with pytest.raises(ConfigError, match=r"pip install 'hpgr\[mlflow\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[mlflow\]'"):
         tracking.check_tracking(tracked("http://127.0.0.1:9"))
 
 

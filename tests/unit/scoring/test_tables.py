@@ -16,7 +16,7 @@ import pytest
 from helpers_scoring import assert_same, batch, evaluated, finished_run, impressions, write
 
 import hpgr
-from hpgr.errors import ArtifactError, DataError, HpgrError
+from hpgr.errors import ArtifactError, ConfigError, DataError, HpgrError
 from hpgr.scoring.finished import Finished
 
 
@@ -91,6 +91,8 @@ def test_top_n_of_some_users_is_theirs_of_all(finished: Finished, tmp_path: Path
     np.testing.assert_allclose(ours["score"], theirs["score"], rtol=0, atol=1e-5)
     assert len(ours) == 12
     assert len(scorer.top_n(3)) == len(everyone)
+    with pytest.raises(ConfigError, match="n: got 0, expected 1 or more"):
+        scorer.top_n(0)
 
 
 def test_a_run_is_loaded_from_a_store(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -241,6 +241,8 @@ def test_a_matrix_is_read_with_its_base_beside_it_and_overrides_of_both(tmp_path
     loaded = load_matrix(tmp_path / "m.yaml", ["model.layers=3"], ["seeds=[4]", "tuning.draws=2"])
     assert loaded.base == load_config(tmp_path / "base.yaml", ["model.layers=3"])
     assert (loaded.matrix.seeds, loaded.matrix.tuning.draws) == ([4], 2)
+    with pytest.raises(ConfigError, match="got a configuration, expected a matrix"):
+        load_matrix(ROOT / "jobs/configs/ml-100k.yaml")
     with pytest.raises(ConfigError, match="cannot read matrix"):
         load_matrix(tmp_path / "none.yaml")
     (tmp_path / "bad.yaml").write_text("rows: [")
