@@ -81,7 +81,7 @@ def test_the_former_keys_mean_what_they_meant() -> None:
         (LAPTOP, {"gpu": True}, "1 worker(s) of 1 CPU and 1 GPU"),
         (LAPTOP, {"workers": 4, "cpus_per_worker": 1}, "4 worker(s) of 1 CPU, and 0.25 CPU beside them can never"),
         (LAPTOP, {"cpus_per_worker": 2}, "the largest with 2 CPU and 0 GPU"),
-        (EIGHT_GPUS, {"workers": 9, "gpu": True}, "lower resources.workers or resources.cpus_per_worker or resource"),
+        (EIGHT_GPUS, {"workers": 9, "gpu": True}, "cpus_per_worker, or set resources.gpu to false"),
         (MIXED, {"workers": 2, "cpus_per_worker": 12}, "3 node(s), the largest with 16 CPU and 2 GPU, 28 CPU"),
         (ASLEEP, {"workers": 5, "gpu": True, "cpus_per_worker": 4}, "may grow to 14 node(s), the largest with 8 CPU"),
         (ASLEEP, {"workers": 1, "cpus_per_worker": 16}, "1 worker(s) of 16 CPU"),
