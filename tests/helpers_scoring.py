@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from hpgr.training.checkpoint import to_bytes
 from hpgr.training.two_stage import Run, stage_key
 
 KEYS = ["user", "time", "item"]
+Ask = Callable[..., tuple[dict[str, Any], pa.Table]]
+"""`ask(columns, **wish)`: a job over a candidates table; its account and scores."""
 
 
 def finished_run(root: Path, **over: Any) -> Finished:

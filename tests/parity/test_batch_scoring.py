@@ -251,3 +251,24 @@ def test_anchors_equal_a_plain_selection(finished: Finished, timelines: pa.Table
         best = np.lexsort((-np.arange(seen - start), -relevance))[: finished.config.model.pgsa.top_k]
         assert anchors.time[own].tolist() == t.h_time[window][best].tolist()
         assert anchors.item[own].tolist() == t.h_item[window][best].tolist()
+
+
+def test_weights_and_shares_of_anchors_are_the_attentions(tmp_path: Path) -> None:
+    """Without Gaussians a query's K anchors and itself weigh alike; shares are means over layers."""
+    finished = finished_run(tmp_path, model={"layers": 3, "pgsa": {"sigma": 0.0}})
+    model, table = finished.click_model(CPU), finished.run.prepared.timelines(0)
+    told: list[Any] = []
+    read = model.read
+
+    def spy(past: Any, x: Any, noise: Any = None, shares: Any = None) -> Any:
+        out = read(past, x, noise, shares)
+        told.append((torch.stack(shares).mean(0), *model.anchors(past, x)))
+        return out
+
+    model.read = spy
+    pairs, scorer = some_pairs(table, seed=7, count=20), Scorer(model, finished.config.stream, CPU)
+    for p in range(20):
+        _, anchors = scorer.explain(Assembler({0: table}, 30), pairs.take(np.array([p])))
+        shares, place, real = (t[0, 0] for t in told[-1])
+        np.testing.assert_allclose(anchors.weight, 1 / (1 + int(real.sum())), rtol=1e-5)
+        np.testing.assert_allclose(anchors.share, shares[place[real]], rtol=1e-5)

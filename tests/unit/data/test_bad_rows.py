@@ -8,8 +8,9 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from helpers_log import check_account
+from helpers_log import check_account, quarantined
 
+from hpgr.data import sources
 from hpgr.data.preparation import Prepared
 
 T = 1_600_000_000
@@ -227,3 +228,13 @@ def test_ids_of_any_text_survive(prepare_log: Make, log: Make, format: str, id: 
     check_account(prepared, 50, [])
     assert sorted(prepared.timelines(0).column("user").to_pylist()) == sorted(["u0", id, "u2", "u3", "u4"])
     assert id in prepared.vocabulary().items.column("value").to_pylist()
+
+
+@pytest.mark.parametrize("format", ["csv", "jsonl"])
+def test_rows_are_named_by_their_place_in_the_file_in_later_blocks_too(
+    prepare_log: Make, log: Make, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 300)
+    rows = log()
+    rows["user_id"][3] = rows["user_id"][44] = None
+    assert quarantined(prepare_log(rows, format, max_quarantined=0.5)) == [(3, "null user id"), (44, "null user id")]

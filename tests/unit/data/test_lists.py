@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers_log import item_names, users
+from helpers_log import item_names, one_user, users
 from helpers_model import LOG, tiny
 
 from hpgr.data.lists import last_engaged, list_columns, list_features
@@ -233,3 +233,19 @@ def test_of_two_rows_that_differ_by_a_rule_alone_the_shown_one_stays(prepare_log
         prepared = prepare_log(order, name=name, **SETTINGS, impressions=[[{"column": "shown", "value": 1}]])
         assert prepared.manifest["account"]["duplicates"] == 1
         assert numbers(prepared, "list:size") == {"i0": 3, "i1": 3}
+
+
+def test_a_request_that_one_of_its_columns_does_not_name_is_none(prepare_log: Make) -> None:
+    """Rows without a page, told by their day alone, would be one list."""
+    rows = [r | {"page": None if k < 4 else f"p{k // 2}", "day": "monday"} for k, r in enumerate(one_user(20))]
+    row = users(prepare_log(rows, columns={"label": "clicked", "request": ["page", "day"]}))["a"]
+    assert row["t_request"][:4] == [-1] * 4
+    assert -1 not in row["t_request"][4:]
+
+
+def test_rows_of_one_second_are_not_late(prepare_log: Make) -> None:
+    """However fine the clock: milliseconds of a page are its making, not its clicks'."""
+    rows = pages([(7, f"i{k}", 500, k, int(k == 3)) for k in range(6)])
+    for row in rows:
+        row["timestamp"] = row["timestamp"] * 1000 + 100 * row["place"]
+    assert prepare_log(rows, **SETTINGS, time_unit="ms").lists == list_columns(LISTED)

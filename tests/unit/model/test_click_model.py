@@ -7,11 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers_model import SIZES, inputs, random_batch, shaken, tiny
+from helpers_model import SIZES, candidates_of, inputs, random_batch, rows_of, shaken, tiny
 from torch.nn import functional as F
 
 from hpgr.errors import ConfigError
 from hpgr.model.attention import check_compiler, train_attention
+from hpgr.model.inputs import pad
 from hpgr.model.masked_item import MaskedItemModel
 from hpgr.model.noise import Noise
 from hpgr.model.registry import click_model
@@ -256,3 +257,49 @@ def test_a_machine_that_cannot_compile_is_told_so(monkeypatch: pytest.MonkeyPatc
         ConfigError, match=r"resources.compile: .* on cpu here: No working C\+\+ compiler found; install"
     ):
         check_compiler(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["hpgr", "logistic"])
+def test_padding_is_asked_nothing(name: str) -> None:
+    """Rows of unlike numbers of candidates together cost what each costs alone, in training and in evaluation."""
+    batch = candidates_of(random_batch(3, 8, 4), np.isin(np.arange(12), [1, 4, 5, 6, 8, 9, 10, 11]))
+    assert sorted(batch.t_lengths) == [1, 3, 4]
+    settings = {"stage2": {"action_weight": 2.5}, "model": {"name": name}}
+    model = shaken(click_model(tiny(**settings), SIZES))
+    alone = [inputs(rows_of(batch, np.array([r]))) for r in range(3)]
+    for mode in (model.eval(), model.train()):
+        whole, parts = mode(pad(batch)), [mode(x) for x in alone]
+        assert int(whole.terms) == sum(int(p.terms) for p in parts) == 8
+        torch.testing.assert_close(whole.loss, sum(p.loss for p in parts), rtol=1e-4, atol=1e-4)
+
+
+def test_histories_go_from_their_tokens_to_the_sems_by_its_gates() -> None:
+    model, x = shaken(click_model(tiny(), SIZES)), inputs(random_batch())
+    tokens = model.events.history(x, None)
+    session, context = model.sem(tokens, x, None, torch.ones_like(x.causal))
+    intra, inter = torch.tanh(model.gate_intra), torch.tanh(model.gate_inter)
+    torch.testing.assert_close(model.history(x, None), (1 - intra) * tokens + intra * session + inter * context)
+
+
+def test_live_anchors_choose_and_compare_without_a_gradient() -> None:
+    """Else the table would learn from the choice, too: `frozen` and `live` then differ by more than age."""
+    model, x = click_model(tiny(model={"pgsa": {"anchors": "live"}}), SIZES), inputs(random_batch())
+    assert not model.anchor_vectors(x.h_item).requires_grad
+
+
+@pytest.mark.parametrize("impl", ["auto", "gather", "reference"])
+def test_the_scope_says_whose_attention_is_sparse(impl: str) -> None:
+    """Of candidates alone: histories are encoded as densely as without PGSA; else they are not."""
+    x = inputs(random_batch())
+
+    def shown(pgsa: dict) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = shaken(
+            click_model(tiny(model={"layers": 3, "pgsa": {"impl": impl, "top_k": 1, "sigma": 0.0, **pgsa}}), SIZES)
+        )
+        with torch.no_grad():
+            return [key for key, _ in model.encode(x).shown]
+
+    dense, of_candidates, of_all = (shown(p) for p in ({"enabled": False}, {"scope": "candidate"}, {"scope": "all"}))
+    torch.testing.assert_close(of_candidates, dense)
+    assert not torch.allclose(of_all[-1], dense[-1], atol=1e-3)

@@ -124,3 +124,9 @@ def test_padding_goes_and_comes_back_in_row_order() -> None:
     assert unpad(x.c_time.double(), x.c_real).shape == (8,)
     np.testing.assert_array_equal(unpad(x.c_item.float(), x.c_real), picked.t_item)
     assert x.h_item.tolist() == picked.h_item.reshape(2, 5).tolist()
+
+
+@pytest.mark.parametrize("buckets", [16, 64])
+def test_the_last_time_bucket_begins_where_it_says(buckets: int) -> None:
+    at = torch.tensor([0.99 * LONGEST, 1.01 * LONGEST], dtype=torch.float64) * SECOND
+    assert time_bucket(at.long(), buckets).tolist() == [buckets - 2, buckets - 1]

@@ -140,3 +140,16 @@ def test_a_rows_noisy_loss_does_not_depend_on_its_batch(kind: Any) -> None:
     with torch.no_grad():
         still = float(model(inputs(batch), None).loss)
     assert still != pytest.approx(together, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["hpgr", "hstu", "mtgr", "din", MaskedItemModel, NextItemModel])
+def test_no_two_places_of_a_model_share_their_masks(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both streams go through the same modules; masks that are alike would hide from both the same."""
+    config = tiny(model={"dropout": 0.1, "sem": {"dropout": 0.1}} | ({"name": kind} if isinstance(kind, str) else {}))
+    built = click_model(config, SIZES) if isinstance(kind, str) else kind(config, SIZES)
+    sites: list[int] = []
+    drop = Noise.drop
+    monkeypatch.setattr(Noise, "drop", lambda self, x, p, site: sites.append(site) or drop(self, x, p, site))
+    x = inputs(random_batch())
+    built.train()(x, Noise(1, x.key, 1 << 12))
+    assert len(sites) == len(set(sites)) > 2

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pytest
 from helpers_model import LOG, tiny
 from helpers_scoring import write
@@ -134,3 +135,14 @@ def test_every_candidate_is_dealt_to_one_shard_with_its_user(
 @pytest.mark.parametrize(("buckets", "pairs", "expected"), [(1, 0, 1), (3, 10, 3), (3, 1000, 12), (8, 10**9, 8192)])
 def test_shards_are_a_multiple_of_the_buckets(buckets: int, pairs: int, expected: int) -> None:
     assert Options(0, shard_pairs=100).shards(buckets, pairs) == expected
+
+
+def test_unusable_rows_of_every_block_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates, "BLOCK_VALUES", 4)
+    item = [None if k in (1, 5, 11) else f"i{k}" for k in range(12)]
+    write(tmp_path / "c/0.parquet", {"user_id": ["u"] * 12, "item_id": item})
+    found, folder = find_candidates([str(tmp_path / "c")], DATA), Folder(str(tmp_path / "out"))
+    (account,) = (deal(p, DATA, found.layout, folder, 3) for p in found.pieces(DATA))
+    assert (account["rows"].sum(), account["reasons"]) == (9, {"null item id": 3})
+    kept = ds.dataset(str(tmp_path / "out/_quarantine")).to_table()
+    assert kept["row"].to_pylist() == [1, 5, 11]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 from helpers_model import CPU, quiet
-from helpers_scoring import batch, finished_run, impressions, item_ids, raw_log, score_here, scores_in, write
+from helpers_scoring import Ask, batch, impressions, item_ids, raw_log, score_here, scores_in, write
 
 from hpgr.artifacts import Folder
 from hpgr.data.preparation import in_process
@@ -24,39 +23,6 @@ from hpgr.evaluation import rank_next_items
 from hpgr.scoring import job, output
 from hpgr.scoring.finished import Finished
 from hpgr.scoring.job import Wish, account_lines, batch_score, moment
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    return finished_run(tmp_path_factory.mktemp("run"))
-
-
-@pytest.fixture(scope="module")
-def users(finished: Finished) -> list[str]:
-    return finished.run.prepared.timelines(0)["user"].to_pylist()
-
-
-@pytest.fixture(scope="module")
-def items(finished: Finished) -> list[str]:
-    return finished.run.prepared.vocabulary().items["value"].to_pylist()
-
-
-@pytest.fixture
-def ask(finished: Finished, tmp_path: Path) -> Callable[..., tuple[dict[str, Any], pa.Table]]:
-    """`ask(columns, **wish)`: a job over a candidates table (None: none); its account and scores."""
-    count = iter(range(99))
-
-    def run(columns: dict[str, Any] | pa.Table | None, **wish: Any) -> tuple[dict[str, Any], pa.Table]:
-        place = tmp_path / str(next(count))
-        given = {} if columns is None else {"candidates": write(place / "candidates.parquet", columns)}
-        summary, scores = batch(finished, place / "out", **given, **wish)
-        return summary["account"], scores
-
-    return run
-
-
-Ask = Callable[..., tuple[dict[str, Any], pa.Table]]
-
 
 # The forms of candidates
 
@@ -281,12 +247,6 @@ def test_embeddings_reproduce_retrieval(finished: Finished, tmp_path: Path, item
 
 
 # Exactly once
-
-
-@pytest.fixture
-def pairs(tmp_path: Path, users: list[str], items: list[str]) -> str:
-    columns = {"user_id": [u for u in users for _ in items[:10]], "item_id": items[:10] * len(users)}
-    return write(tmp_path / "pairs.parquet", columns)
 
 
 class Killed(BaseException):

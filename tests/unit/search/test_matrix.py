@@ -262,3 +262,17 @@ def test_a_stored_plan_may_be_changed(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("model: {width: 32}\n")
     changed = stored_plan(str(tmp_path), ["resources.workers=0"], ["seeds=[0, 9]"])
     assert (changed.matrix.seeds, changed.base.model.width, changed.base.resources.workers) == ([0, 9], 32, 0)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_rows_own_settings_are_not_drawn_again(seed: int) -> None:
+    """Else a row that happens to draw them tries fewer settings than the others."""
+    p = plan(tuning={"parameters": {LR: [0.001, 0.002, 0.004], LAYERS: [1, 2, 3]}, "draws": 4, "seed": seed})
+    assert len(p.tuned("full")) == 4
+
+
+def test_cells_measured_otherwise_are_other_cells() -> None:
+    """Ranks of what a user has seen, or not, choose the best weights: a folder's cells of one are none of the other."""
+    other = resolve(parse_matrix({"rows": {"full": {}}}), ["evaluation.filter_seen=true"])
+    assert plan().base.evaluation.filter_seen is False
+    assert other.cell("full", 0).key != plan().cell("full", 0).key

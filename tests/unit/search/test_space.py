@@ -230,3 +230,9 @@ def test_overrides_and_unreadable_spaces(tmp_path: Path) -> None:
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(ConfigError, match=message):
             load_space(tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize("kind", ["uniform", "log_uniform", "integer", "log_integer"])
+def test_a_distribution_of_one_value_is_refused(kind: str) -> None:
+    with pytest.raises(ConfigError, match="expected low < high"):
+        parse_space({"parameters": {"model.layers": {kind: [2, 2]}}})

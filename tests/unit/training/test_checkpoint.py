@@ -221,3 +221,29 @@ def test_a_disk_that_refuses_to_read_is_no_torn_checkpoint(folder: Folder, monke
     monkeypatch.setattr(Folder, "read", refuses)
     with pytest.raises(StoreError, match=r"cannot read checksums\.json"):
         said(folder)
+
+
+def test_best_weights_that_are_not_those_of_their_sum_are_refused(tmp_path: Path) -> None:
+    """Half a file may still read as weights; what a stage ended with may not have changed."""
+    folder, content = Folder(str(tmp_path)), checkpoint.to_bytes({"w": torch.zeros(3)})
+    state = {"best_file": "best-00000001.safetensors", "best_sum": checkpoint.digest(content)}
+    folder.write(state["best_file"], content)
+    assert checkpoint.best_weights(folder, state) == content
+    folder.write(state["best_file"], checkpoint.to_bytes({"w": torch.ones(3)}))
+    with pytest.raises(ArtifactError, match="does not match its checksum"):
+        checkpoint.best_weights(folder, state)
+
+
+def test_what_training_alone_needs_goes_and_the_best_weights_stay(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+    for name in (
+        "best-00000001.safetensors",
+        "best-00000002.safetensors",
+        "done.json",
+        "checkpoints/step-00000002/state.json",
+    ):
+        folder.write(name, b"x")
+    checkpoint.discard(folder, "best-00000002.safetensors")
+    assert sorted(folder.entries()) == ["best-00000002.safetensors", "done.json"]
+    checkpoint.discard(folder)
+    assert folder.entries() == ["done.json"]
