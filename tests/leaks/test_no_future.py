@@ -6,7 +6,7 @@ its list shows of items and features (`hpgr.data.lists`, whose own tests ask wha
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -427,3 +427,12 @@ def test_a_session_that_the_candidates_second_may_yet_prolong_is_open(model: Cli
     future = np.arange(5) > 2
     before = scores(model, inputs(batch))
     assert torch.equal(scores(model, inputs(scrambled_history(batch, future, later=False))), before)
+
+
+def test_a_history_that_only_follows_is_no_history(model: ClickModel) -> None:
+    """Events from the candidate's second on are in its row for others' sake: their being there tells nothing."""
+    batch = random_batch(1, EVENTS, 1, seed=3)
+    follows = changed(batch, t_time=(0, batch.h_time[0]), t_visible=(0, 0), t_past=(0, 0))
+    gone = {f.name: getattr(batch, f.name)[:0] for f in fields(batch) if f.name[:2] == "h_" and f.name != "h_lengths"}
+    alone = replace(follows, h_lengths=np.zeros(1, np.int64), **gone)
+    torch.testing.assert_close(scores(model, inputs(follows)), scores(model, inputs(alone)), rtol=1e-6, atol=1e-6)

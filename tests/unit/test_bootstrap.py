@@ -7,7 +7,7 @@ import pytest
 
 from hpgr.bootstrap import CHUNK_CELLS, METRICS, Resampled, resample, times_drawn
 from hpgr.errors import DataError
-from hpgr.metrics import ClickScores, auc_interval
+from hpgr.metrics import FEWEST_USERS, ClickScores, auc, auc_interval
 
 
 def scores(seed: int, users: int = 30, quality: float = 1.0, grain: int = 0, world: int = 0) -> ClickScores:
@@ -160,3 +160,31 @@ def test_an_interval_asks_for_users_and_both_classes() -> None:
     rare = np.arange(len(part.label)) == 3
     low, high = auc_interval(part.score, rare.astype(np.int8), part.user) or (0.0, 0.0)
     assert 0 <= low < high <= 1
+
+
+def test_an_interval_leaves_out_one_draw_in_forty_on_either_side() -> None:
+    models = {"good": {s: scores(s) for s in range(2)}, "poor": {s: scores(9 + s, quality=0.6) for s in range(2)}}
+    found = resample(models, 400, 0)
+    gap = found.difference("good", "poor", "auc")
+    assert gap is not None
+    good, poor = (np.mean([found.drawn[m][s]["auc"] for s in range(2)], axis=0) for m in ("good", "poor"))
+    assert (gap["low"], gap["high"]) == pytest.approx(tuple(np.quantile(good - poor, (0.025, 0.975))))
+    relative = np.quantile((good - poor) / poor, (0.025, 0.975))
+    assert (gap["relative_low"], gap["relative_high"]) == pytest.approx(tuple(relative))
+
+
+def test_the_interval_of_one_model_equals_the_loop() -> None:
+    """Obuchowski's variance, user by user."""
+    part = scores(0, users=FEWEST_USERS)
+    low, high = auc_interval(part.score, part.label, part.user) or (0.0, 0.0)
+    clicks, others = part.score[part.label == 1], part.score[part.label == 0]
+    area, users = auc(part.score, part.label), np.unique(part.user)
+    assert len(users) == FEWEST_USERS
+    told = []
+    for user in users:
+        mine = part.user == user
+        wins = [np.mean((others < s) + (others == s) / 2) - area for s in part.score[mine & (part.label == 1)]]
+        losses = [np.mean((clicks > s) + (clicks == s) / 2) - area for s in part.score[mine & (part.label == 0)]]
+        told.append(sum(wins) / len(clicks) + sum(losses) / len(others))
+    half = 1.96 * (len(users) / (len(users) - 1) * np.sum(np.square(told))) ** 0.5
+    assert (low, high) == pytest.approx((area - half, area + half))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import log_loss, roc_auc_score, roc_curve
 
 from hpgr.errors import TrainingError
-from hpgr.metrics import ClickScores, RankSums, auc, quantile_bins, roc_points
+from hpgr.metrics import Bin, ClickScores, RankSums, auc, quantile_bins, roc_points
 
 
 def clicks(score, label, user=None, request=None) -> ClickScores:
@@ -232,3 +232,11 @@ def test_rank_sums_equal_a_loop_and_merge_exactly(pairs, cut):
 def test_ranks_start_at_one():
     with pytest.raises(AssertionError, match="start at 1"):
         RankSums.from_ranks(np.array([0]), np.array([False]))
+
+
+@pytest.mark.parametrize(
+    ("n", "positives", "expected"), [(10, 0, (0.0, 0.2775)), (10, 5, (0.2366, 0.7634)), (263, 81, (0.2553, 0.3662))]
+)
+def test_wilsons_intervals_are_those_of_tables(n: int, positives: int, expected: tuple[float, float]) -> None:
+    """Newcombe 1998, method 3, has the last: 81 of 263."""
+    assert Bin(0.0, 1.0, n, positives, 0.5, None).interval == pytest.approx(expected, abs=1e-4)

@@ -423,3 +423,10 @@ def test_preparation_that_stopped_half_way_starts_again(
     assert "reusing" not in capsys.readouterr().out
     assert again.timelines(0).equals(before)
     assert not again.folder.exists("staging")
+
+
+def test_as_many_quarantined_as_allowed_are_no_reason_to_stop(prepare_log: Make, log: Make) -> None:
+    rows = log()
+    assert prepare_log(rows, max_quarantined=0.0).manifest["account"]["quarantined"] == 0
+    rows["user_id"][0] = None
+    assert prepare_log(rows, name="one", max_quarantined=0.02).manifest["account"]["quarantined"] == 1

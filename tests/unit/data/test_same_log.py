@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from helpers_log import BUSY, US, Make, busy_log, content, permuted, users
+from helpers_log import BUSY, US, Make, busy_log, content, permuted, quarantined, users
 
-from hpgr.data import preparation
+from hpgr.data import preparation, sources
 from hpgr.data.preparation import in_process, prepare
 
 # Same log, other form.
@@ -202,3 +203,19 @@ def test_time_units_agree(prepare_log: Make, log: Make, format: str, unit: str, 
     got = prepare_log(table, format, time_unit=unit)
     assert users(got)["u0"]["h_time"] == users(expected)["u0"]["h_time"] == micros[::5]
     assert content(got) == content(expected)
+
+
+def test_a_file_read_in_pieces_is_the_file(
+    prepare_log: Make, config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces of row groups, each a task of its own, whose bad rows are kept apart, too."""
+    rows = busy_log()
+    rows["user_id"][3] = rows["user_id"][200] = None
+    expected = prepare_log(rows, **BUSY)
+    (tmp_path / "pieces").mkdir()
+    pq.write_table(pa.table(rows), tmp_path / "pieces/log.parquet", row_group_size=30)
+    monkeypatch.setattr(sources, "FRAGMENT_ROWS", 60)
+    got = prepare(config(data={"path": str(tmp_path / "pieces/log.parquet"), **BUSY}), in_process, print)
+    assert len(got.folder.entries("quarantine")) == 2
+    assert content(got) == content(expected)
+    assert quarantined(got) == quarantined(expected) == [(3, "null user id"), (200, "null user id")]

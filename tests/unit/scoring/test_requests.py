@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from helpers_scoring import Ask
+
+from hpgr.data.hashing import hash_items
 
 
 def test_candidates_of_no_list_have_moments_of_their_own(ask: Ask, users: list[str], items: list[str]) -> None:
@@ -52,3 +55,14 @@ def test_an_item_twice_in_one_list_for_all_is_scored_once(ask: Ask, users: list[
     account, table = ask({"item_id": [items[0], items[1], items[0]]})
     assert account["repeated_in_list"] == 1
     assert table.num_rows == account["pairs"] == 2 * len(users)
+
+
+def test_equal_scores_keep_the_order_of_hashes(ask: Ask, users: list[str]) -> None:
+    """So that a rank does not depend on where a row stood in its file."""
+    names = [f"x{k}" for k in range(40)]
+    tables = [ask({"user_id": [users[0]] * 40, "item_id": order})[1] for order in (names, names[::-1])]
+    assert tables[0].drop_columns(["run"]).equals(tables[1].drop_columns(["run"]))
+    score, item = tables[0]["score"].to_numpy(), hash_items(tables[0]["item"])
+    tied = np.flatnonzero(score[1:] == score[:-1])
+    assert len(tied) > 5
+    assert (item[tied] < item[tied + 1]).all()

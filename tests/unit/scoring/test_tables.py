@@ -116,3 +116,17 @@ def test_the_package_loads_nothing_that_is_not_asked_for() -> None:
     with pytest.raises(AttributeError, match="Scorer, __version__, prepare, train"):
         hpgr.fit  # noqa: B018
     assert set(hpgr.__all__) <= set(dir(hpgr))
+
+
+def test_top_n_leaves_out_the_past_where_asked_and_takes_ids_of_any_kind(finished: Finished, tmp_path: Path) -> None:
+    scorer = hpgr.Scorer(finished.run.folder.uri)
+    ours, theirs = (
+        t.sort_values(["user", "rank"])[["user", "item", "rank"]].to_numpy().tolist()
+        for t in (
+            scorer.top_n(3, drop_seen=True),
+            batch(finished, tmp_path / "out", top_n=3, drop_seen=True)[1].to_pandas(),
+        )
+    )
+    assert ours == theirs
+    assert ours != scorer.top_n(3).sort_values(["user", "rank"])[["user", "item", "rank"]].to_numpy().tolist()
+    assert len(scorer.top_n(3, [7])) == 0, "no such user, and no error"

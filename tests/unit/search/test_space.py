@@ -236,3 +236,14 @@ def test_overrides_and_unreadable_spaces(tmp_path: Path) -> None:
 def test_a_distribution_of_one_value_is_refused(kind: str) -> None:
     with pytest.raises(ConfigError, match="expected low < high"):
         parse_space({"parameters": {"model.layers": {kind: [2, 2]}}})
+
+
+def test_the_sampler_is_told_the_grid() -> None:
+    whole, half = Distribution(integer=[2, 10], step=4).optuna(), Distribution(uniform=[0.0, 1.0], step=0.5).optuna()
+    assert (whole.step, half.step, Distribution(integer=[2, 10]).optuna().step) == (4, 0.5, 1)
+
+
+def test_a_value_may_not_depend_on_itself() -> None:
+    space = parse_space({"parameters": {"model.layers": {"integer": [1, 4], "when": {"model.layers": 2}}}})
+    with pytest.raises(ConfigError, match=r"when.model.layers must stand above it"):
+        check(space, Config())

@@ -383,3 +383,11 @@ def test_a_store_gets_whole_commits_and_this_machine_keeps_no_copy(
     del study
     gc.collect()
     assert not scratch.exists()
+
+
+def test_of_equal_trials_the_first_is_the_best(tmp_path: Path) -> None:
+    study = opened(tmp_path)
+    for auc in (0.5, 0.6, 0.6):
+        finished(study, asked(study), auc)
+    first = next(row.number for row in study.rows() if row.auc == 0.6)
+    assert study.best() == first
