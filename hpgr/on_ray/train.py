@@ -26,7 +26,7 @@ from hpgr.artifacts import SPACE, Folder, refusal
 from hpgr.config import validate
 from hpgr.data.preparation import Prepared
 from hpgr.data.stream import LocalSource
-from hpgr.errors import ConfigError, DataError, HpgrError, TrainingError, WorkersLostError
+from hpgr.errors import DataError, HpgrError, TrainingError, WorkersLostError
 from hpgr.on_ray.cluster import here, wait_for
 from hpgr.on_ray.metrics import export
 from hpgr.on_ray.session import quieten
@@ -247,9 +247,10 @@ def _worker(payload: dict[str, Any]) -> None:
         if rank == 0:
             ray.get(mailbox.finish.remote(result))
     except HpgrError as error:
-        # What all workers end by alike would only repeat itself: hand it over and end without another try.
+        # What all workers end by alike would only repeat itself: hand it over and end without another try. What one
+        # may end by alone, such as a node without a compiler (ConfigError), must not: the others would wait for it.
         ray.get(mailbox.fail.remote(type(error).__name__, str(error)))
-        if isinstance(error, ConfigError | DataError | TrainingError):
+        if isinstance(error, DataError | TrainingError):
             return
         raise
     finally:

@@ -162,9 +162,10 @@ class _Loop:
         except torch.OutOfMemoryError as error:
             lack = str(error).split("\n")[0]
         self.optimiser.zero_grad(set_to_none=True)
-        if any(lacks := distributed.gather(lack)):
+        lack = next(filter(None, distributed.gather(lack)), "")
+        if lack:
             raise DeviceMemoryError(
-                f"{self.stage.name}: {max(lacks)}: a step on the heaviest batch does not fit; set resources.recompute "
+                f"{self.stage.name}: {lack}: a step on the heaviest batch does not fit; set resources.recompute "
                 "to true (a run may go on with it by --resume), or lower stream.batch_tokens or stream.window"
             )
 
