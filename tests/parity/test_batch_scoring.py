@@ -254,7 +254,7 @@ def test_anchors_equal_a_plain_selection(finished: Finished, timelines: pa.Table
 
 
 def test_weights_and_shares_of_anchors_are_the_attentions(tmp_path: Path) -> None:
-    """Without Gaussians a query's K anchors and itself weigh alike; shares are means over layers."""
+    """Without Gaussians a query's K anchors and itself weigh alike; shares are means over layers and heads."""
     finished = finished_run(tmp_path, model={"layers": 3, "pgsa": {"sigma": 0.0}})
     model, table = finished.click_model(CPU), finished.run.prepared.timelines(0)
     told: list[Any] = []
@@ -272,3 +272,4 @@ def test_weights_and_shares_of_anchors_are_the_attentions(tmp_path: Path) -> Non
         shares, place, real = (t[0, 0] for t in told[-1])
         np.testing.assert_allclose(anchors.weight, 1 / (1 + int(real.sum())), rtol=1e-5)
         np.testing.assert_allclose(anchors.share, shares[place[real]], rtol=1e-5)
+        assert shares.sum() < 1

@@ -148,16 +148,26 @@ def test_single_event_sessions_are_hidden_at_the_ratio() -> None:
 
 @pytest.mark.parametrize("other", ["row", "session", "epoch", "seed"])
 def test_masks_of_rows_sessions_epochs_and_seeds_are_independent(other: str) -> None:
-    a = np.stack(mask([[10] * 20] * 100, 0.3))
-    if other == "row":
-        b = np.roll(a, 20, axis=0)
-    elif other == "session":
-        b = np.roll(a, 1, axis=0)
-    else:
-        b = np.stack(mask([[10] * 20] * 100, 0.3, (0, 1) if other == "epoch" else (1, 0)))
+    a, b = _mask_and_another(10, 0.3, other)
     both = (a & b).mean()
     assert abs(both - 0.09) < 5 * (0.09 * 0.91 / a.size) ** 0.5
     assert (a != b).any(1).mean() > 0.9
+
+
+@pytest.mark.parametrize("other", ["row", "session", "epoch", "seed"])
+def test_how_many_are_hidden_is_drawn_anew_for_rows_sessions_epochs_and_seeds(other: str) -> None:
+    """Sessions of three hide one or two at a half."""
+    a, b = (m.sum(1) for m in _mask_and_another(3, 0.5, other))
+    assert set(a) == set(b) == {1, 2}
+    assert abs((a == b).mean() - 0.5) < 5 * (0.25 / len(a)) ** 0.5
+
+
+def _mask_and_another(size: int, ratio: float, other: str) -> tuple[np.ndarray, np.ndarray]:
+    """Masks of 2,000 sessions, and beside each that of another row, session, epoch or seed."""
+    a = np.stack(mask([[size] * 20] * 100, ratio))
+    if other in ("row", "session"):
+        return a, np.roll(a, 20 if other == "row" else 1, axis=0)
+    return a, np.stack(mask([[size] * 20] * 100, ratio, (0, 1) if other == "epoch" else (1, 0)))
 
 
 def test_equal_keys_give_equal_masks() -> None:

@@ -26,6 +26,8 @@ Make = Callable[..., Any]
     [
         ("timestamp", -5, "time outside data.earliest and data.latest"),
         ("timestamp", 0, "time outside data.earliest and data.latest"),
+        ("timestamp", 631_151_999, "time outside data.earliest and data.latest"),
+        ("timestamp", 4_102_444_800, "time outside data.earliest and data.latest"),
         ("timestamp", 99_999_999_999, "time outside data.earliest and data.latest"),
         ("timestamp", 2**60, "time outside data.earliest and data.latest"),
         ("timestamp", 2**63 - 1, "time outside data.earliest and data.latest"),
@@ -46,6 +48,12 @@ def test_bad_value_is_quarantined_with_its_reason(
     rows[column][7] = value
     columns = {"label": "clicked", "order": "position"}
     check_account(prepare_log(rows, format, columns=columns), 50, [(7, reason)])
+
+
+def test_the_first_and_the_last_second_within_bounds_are_kept(prepare_log: Make, log: Make) -> None:
+    rows = log()
+    rows["timestamp"][3], rows["timestamp"][7] = 631_152_000, 4_102_444_799  # 1990 begins, 2099 ends
+    check_account(prepare_log(rows), 50, [])
 
 
 @pytest.mark.parametrize("format", ["parquet", "csv", "jsonl"])

@@ -426,6 +426,7 @@ def test_a_folder_with_other_files_is_refused(finished: Finished, pairs: str, tm
         ({"top_n": 5, "resume": True}, ConfigError, "there is no job"),
         ({"top_n": 5, "at": "yesterday"}, ConfigError, "expected a date"),
         ({"top_n": 5, "at": "20240201", "users": "nowhere"}, ConfigError, "20240201.*from 1990-01-01 00:00:00 on"),
+        ({"top_n": 5, "at": "2100-01-01"}, ConfigError, "2100-01-01.*before 2100-01-01 00:00:00"),
         ({"top_n": 5, "at": "1e30"}, ConfigError, "1e30.*expected a date"),
         ({"top_n": 5, "at": "inf"}, ConfigError, "inf.*expected a date"),
         ({"top_n": 5, "at": "nan"}, ConfigError, "nan.*expected a date"),
@@ -445,7 +446,7 @@ def test_what_cannot_be_done_is_refused(
 @pytest.mark.parametrize(
     ("text", "expected"),
     [(None, 8_000_000), ("1700000000", 1_700_000_000_000_000), ("2026-01-31T06:00:00", 1_769_839_200_000_000),
-     ("2026-01-31T06:00:00+01:00", 1_769_835_600_000_000)],
+     ("2026-01-31T06:00:00+01:00", 1_769_835_600_000_000), ("1990-01-01", 631_152_000_000_000)],
 )  # fmt: skip
 def test_moments(finished: Finished, text: str | None, expected: int) -> None:
     assert moment(text, finished.config, 7_000_000) == expected

@@ -312,6 +312,16 @@ def test_draws_differ_between_seeds_and_repeat_for_one(tmp_path: Path) -> None:
     assert values("c", 2) != first
 
 
+def test_a_search_that_goes_on_draws_what_it_has_not_drawn(tmp_path: Path) -> None:
+    """Its random draws do not begin anew, to be dropped as repeats."""
+    wanted = space({"model.dropout": {"uniform": [0.0, 0.8]}})
+    for _ in range(3):
+        study = opened(tmp_path, wanted)
+        for _ in range(2):
+            finished(study, asked(study), 0.5)
+    assert [row.state for row in opened(tmp_path, wanted).rows()] == ["finished"] * 6
+
+
 def test_tpe_beats_random_on_a_known_surface(tmp_path: Path) -> None:
     def best(kind: str, seed: int) -> float:
         parameters = {"model.dropout": {"uniform": [0.0, 0.9]}, "model.pgsa.sigma": {"uniform": [0.0, 9.0]}}
