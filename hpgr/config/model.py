@@ -56,8 +56,7 @@ class Sem(Section):
 
 class Asvd(Section):
     factors: Natural = 64
-    """Numbers an item has in it, twice; 0 leaves it out, and so does a log whose actions tell no more of training
-    impressions than their labels: it reads how much items were liked, and clicks alone do not say."""
+    """Numbers an item has in it, twice; 0 leaves it out."""
     dropout: Share = 0.9
     """Dropout of the products of two items' factors; large logs bear less."""
     baselines: bool = False
@@ -124,7 +123,7 @@ class Model(Section):
 
     @property
     def with_asvd(self) -> bool:
-        """Whether the click model has Asymmetric-SVD beside its encoder, where the log's actions are graded."""
+        """Whether the click model has Asymmetric-SVD beside its encoder."""
         return self.asvd.factors > 0 and (self.name == "hpgr" or self.asvd.baselines)
 
     @property

@@ -210,7 +210,7 @@ class TokenClick(ClickModel):
         own, every = len(sizes.t_own), len(sizes.t_num)
         self.lists = ListFeatures(own, every - own, model.width) if model.with_lists and every > own else None
         vectors = model.width if model.by_vectors else 0
-        self.asvd = AsymmetricSvd(model.asvd, sizes, vectors) if model.with_asvd and sizes.graded else None
+        self.asvd = AsymmetricSvd(model.asvd, sizes, vectors) if model.with_asvd else None
         self.head = click_head(model.width, sizes.base_rate)
 
     def ask_actions(self, config: Config, sizes: Sizes) -> None:

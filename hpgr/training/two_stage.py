@@ -167,8 +167,6 @@ def _clicks(
     run: Run, worker: Worker, stage1: ItemStage | None, items: pa.Table, out: dict[str, Any], test: bool
 ) -> dict[str, Any]:
     """Figures of stage 2 and, with a test, of the simple scorers beside it; its curve and seconds go to `out`."""
-    if run.config.model.with_asvd and not run.sizes().graded:
-        worker.say("stage2: this log's actions tell no more than its clicks: model.asvd and stage2.action_weight rest")
     stage = ClickStage(run.config, run.sizes(), run.spec("click-train"), run.spec("click-validation"))
     stage.model.know_items(items)
     if stage1 is not None:

@@ -106,9 +106,13 @@ def test_dropout_takes_products_while_training() -> None:
     ],
     ids=["an action more than labels", "an action a label", "a stray action more", "a rare action more"],
 )
-def test_it_is_there_where_actions_say_more_than_the_label(counts: tuple[tuple[int, ...], ...], there: bool) -> None:
-    built = click_model(tiny(), replace(SIZES, train_actions=counts))
-    assert (built.asvd is not None) == there
+def test_actions_are_graded_where_they_say_more_than_the_label(counts: tuple[tuple[int, ...], ...], there: bool) -> None:
+    assert replace(SIZES, train_actions=counts).graded == there
+
+
+def test_hpgr_has_it_on_every_log() -> None:
+    """Of clicks alone too, whose items say whom they go with."""
+    assert click_model(tiny(), replace(SIZES, train_actions=((9, 0, 3, 0, 0), (9, 0, 0, 0, 5)))).asvd is not None
     assert click_model(tiny(model={"asvd": {"factors": 0}}), SIZES).asvd is None
 
 
