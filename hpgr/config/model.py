@@ -57,8 +57,8 @@ class Sem(Section):
 class Asvd(Section):
     factors: Natural = 64
     """Numbers an item has in it, twice; 0 leaves it out."""
-    dropout: Share = 0.9
-    """Dropout of the products of two items' factors; large logs bear less."""
+    dropout: Share = 0.7
+    """Dropout of the products of two items' factors; small logs of ratings want more."""
     baselines: bool = False
     """Give it to hstu, mtgr and din too, to see how much of HPGR's distance to them it is."""
 
