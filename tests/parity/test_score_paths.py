@@ -39,7 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module")
 def model(run: Run) -> ClickModel:
     torch.manual_seed(0)
-    built = shaken(click_model(run.config, run.sizes()), scale=0.1)  # logits that float32 probabilities still tell apart
+    built = shaken(click_model(run.config, run.sizes()), scale=0.1)  # logits that float32 probabilities tell apart
     assert isinstance(built, ClickModel)
     return built
 

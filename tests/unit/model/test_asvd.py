@@ -106,7 +106,7 @@ def test_dropout_takes_products_while_training() -> None:
     ],
     ids=["an action more than labels", "an action a label", "a stray action more", "a rare action more"],
 )
-def test_actions_are_graded_where_they_say_more_than_the_label(counts: tuple[tuple[int, ...], ...], there: bool) -> None:
+def test_actions_are_graded_that_say_more_than_the_label(counts: tuple[tuple[int, ...], ...], there: bool) -> None:
     assert replace(SIZES, train_actions=counts).graded == there
 
 
