@@ -14,10 +14,11 @@ import pytest
 import torch
 from helpers_model import CPU, inputs, log_config, make_run, rows_of, shaken
 from torch import Tensor
+from torch.nn import functional as F
 
 from hpgr.data.stream import LocalSource, Step
 from hpgr.evaluation import click_scores, rank_next_items, score
-from hpgr.metrics import RankSums
+from hpgr.metrics import EPSILON, RankSums
 from hpgr.model.base import ClickModel
 from hpgr.model.inputs import unpad
 from hpgr.model.masked_item import MaskedItemModel
@@ -39,7 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module")
 def model(run: Run) -> ClickModel:
     torch.manual_seed(0)
-    built = shaken(click_model(run.config, run.sizes()), scale=0.1)  # logits that float32 probabilities tell apart
+    built = shaken(click_model(run.config, run.sizes()))
     assert isinstance(built, ClickModel)
     return built
 
@@ -95,12 +96,16 @@ def test_shares_of_workers_together_are_the_whole(run: Run, model: ClickModel) -
 def test_the_training_forward_gives_the_evaluations_scores(run: Run, model: ClickModel) -> None:
     """The batches of an epoch in their training order, through the forward that has the loss."""
     parts = []
-    total = torch.zeros(())
+    total = 0.0
     for step in SOURCE.steps(run.spec("click-train"), range(1), 0):
         x = inputs(step.batch)
         with torch.no_grad():
             output = model(x)
-        total += output.loss
+        logits, label = output.scores[x.c_real], x.c_label[x.c_real].double()
+        loss = F.binary_cross_entropy_with_logits(logits.double(), label, reduction="sum")
+        assert float(output.loss) == pytest.approx(float(loss), rel=1e-5)
+        shown = torch.sigmoid(logits).double().clip(EPSILON, 1 - EPSILON)  # some logits are beyond what is told apart
+        total += float(F.binary_cross_entropy(shown, label, reduction="sum"))
         row = np.repeat(np.arange(len(step.batch)), step.batch.t_lengths)
         columns = {"item": step.batch.t_item, "time": step.batch.t_time, "label": step.batch.t_label}
         plain = pa.table({"user": step.batch.user.take(pa.array(row)), **columns, "request": step.batch.t_request})
@@ -109,7 +114,7 @@ def test_the_training_forward_gives_the_evaluations_scores(run: Run, model: Clic
     trained = pa.concat_tables(parts).cast(evaluated.select([*parts[0].column_names]).schema)
     assert_same_scores(evaluated.select(trained.column_names), trained)
     figures = click_scores(evaluated).compute()
-    assert figures["log_loss"] == pytest.approx(float(total) / evaluated.num_rows, rel=1e-4)
+    assert figures["log_loss"] == pytest.approx(total / evaluated.num_rows, rel=1e-4)
 
 
 def test_each_impression_of_the_split_is_scored_once(run: Run, model: ClickModel) -> None:

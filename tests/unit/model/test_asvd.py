@@ -96,20 +96,6 @@ def test_dropout_takes_products_while_training() -> None:
     assert torch.equal(asvd.eval()(x, None, noises[0]), asvd(x, None, None))
 
 
-@pytest.mark.parametrize(
-    ("counts", "there"),
-    [
-        (((9, 3, 0, 0, 0), (0, 0, 5, 0, 1)), True),
-        (((9, 0, 3, 0, 0), (9, 0, 0, 0, 5)), False),
-        (((9, 0, 3, 0, 0), (0, 0, 0, 1, 200)), False),
-        (((9, 0, 3, 0, 0), (0, 0, 0, 3, 200)), True),
-    ],
-    ids=["an action more than labels", "an action a label", "a stray action more", "a rare action more"],
-)
-def test_actions_are_graded_that_say_more_than_the_label(counts: tuple[tuple[int, ...], ...], there: bool) -> None:
-    assert replace(SIZES, train_actions=counts).graded == there
-
-
 def test_hpgr_has_it_on_every_log() -> None:
     """Of clicks alone too, whose items say whom they go with."""
     assert click_model(tiny(), replace(SIZES, train_actions=((9, 0, 3, 0, 0), (9, 0, 0, 0, 5)))).asvd is not None

@@ -130,3 +130,17 @@ def test_padding_goes_and_comes_back_in_row_order() -> None:
 def test_the_last_time_bucket_begins_where_it_says(buckets: int) -> None:
     at = torch.tensor([0.99 * LONGEST, 1.01 * LONGEST], dtype=torch.float64) * SECOND
     assert time_bucket(at.long(), buckets).tolist() == [buckets - 2, buckets - 1]
+
+
+@pytest.mark.parametrize(
+    ("counts", "there"),
+    [
+        (((9, 3, 0, 0, 0), (0, 0, 5, 0, 1)), True),
+        (((9, 0, 3, 0, 0), (9, 0, 0, 0, 5)), False),
+        (((9, 0, 3, 0, 0), (0, 0, 0, 1, 200)), False),
+        (((9, 0, 3, 0, 0), (0, 0, 0, 3, 200)), True),
+    ],
+    ids=["an action more than labels", "an action a label", "a stray action more", "a rare action more"],
+)
+def test_actions_are_graded_that_say_more_than_the_label(counts: tuple[tuple[int, ...], ...], there: bool) -> None:
+    assert replace(SIZES, train_actions=counts).graded == there
