@@ -5,6 +5,8 @@ Shapes: B rows, M candidates, N history events, F factors, A actions.
 
 from __future__ import annotations
 
+import math
+
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
@@ -17,8 +19,9 @@ from hpgr.model.noise import Dropout, Noise
 
 TABLES = ("asvd.past.weight", "asvd.candidate.weight", "asvd.bias.weight")
 """Names of its tables of items in a click model."""
-PRIOR = 5.0
-"""Impressions at the base rate that stand beside an item's own, or an action's, in what is usual of it."""
+PRIOR, START = 5.0, 20.0
+"""Impressions at the base rate that stand beside an item's own, or an action's, in what is usual of it, and beside an
+item's own where its bias starts."""
 STD, GAIN, BY_VECTOR = 0.01, 5.0, 0.1
 """Spread of the tables' factors at the start, what those count, so that they learn faster than the rest of the model at
 its rate, and spread of the maps of item vectors."""
@@ -31,6 +34,10 @@ class AsymmetricSvd(nn.Module):
     than its training click rate lets expect. With item factors p and q, and n visible events of other items than i,
 
         logit = bias_i + habit * sum_j r_j / (n + PRIOR) + p_i . sum_j r_j q_j / sqrt(n + 1).
+
+    Biases start at the log-odds of the items' training click rates over those of the base rate: from nought, a log of
+    few steps would not get there. The rates are drawn to the base rate more than what is usual is (START), as the very
+    impression to learn from is among those counted.
 
     Events of the very item are left out: what is usual of it was counted over training impressions, the one to learn
     from among them, and would tell its label. The match features tell how the user took the item before.
@@ -55,16 +62,22 @@ class AsymmetricSvd(nn.Module):
         for each in maps:
             nn.init.normal_(each.weight, std=BY_VECTOR)
         self.maps = nn.ModuleList(maps)
-        for table, std in ((self.past, STD), (self.candidate, STD), (self.bias, 0.0)):
-            nn.init.normal_(table.weight, std=std)
+        for table in (self.past, self.candidate):
+            nn.init.normal_(table.weight, std=STD)
+        nn.init.zeros_(self.bias.weight)
         self.value = nn.Parameter(torch.from_numpy(sizes.action_rates(PRIOR)))
         self.habit = nn.Parameter(torch.zeros(()))
         self.dropout = Dropout(config.dropout)
         self.register_buffer("usual", torch.full((sizes.items,), sizes.base_rate))
 
     def know_items(self, items: pa.Table) -> None:
-        """Click rates of the catalogue in training, those of rarely shown items near the base rate."""
+        """Click rates of the catalogue in training, those of rarely shown items near the base rate: what is usual, and
+        where biases start."""
+        base = self.sizes.base_rate
         self.usual.copy_(torch.from_numpy(self.sizes.item_rates(items, PRIOR)))
+        start = torch.from_numpy(self.sizes.item_rates(items, START)).logit() - math.log(base / (1 - base))
+        with torch.no_grad():
+            self.bias.weight.copy_(start[:, None])
 
     def forward(self, x: Inputs, vectors: tuple[Tensor, Tensor] | None, noise: Noise | None) -> Tensor:
         """Logits to add to the candidates': [B, M]. `vectors` are the candidates' and the history's, [B, M, D] and

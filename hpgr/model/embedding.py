@@ -53,6 +53,12 @@ class Sizes:
         """
         return any(sum(n > sum(of) / 100 for a, n in enumerate(of) if a != NO_ACTION) > 1 for of in self.train_actions)
 
+    @property
+    def misses_known(self) -> bool:
+        """Whether histories hold the training impressions of either label, nine in ten at least: only then do they tell
+        how much a user clicks, and not what alone."""
+        return all(10 * of[NO_ACTION] <= sum(of) > 0 for of in self.train_actions)
+
     def item_rates(self, items: pa.Table, prior: float) -> Array:
         """Training click rate by item index [items], `prior` impressions at the base rate beside an item's own.
 

@@ -322,7 +322,8 @@ def _test_click(run: Run, worker: Worker, model: ClickModel, items: pa.Table) ->
     """Test figures; the first worker keeps every score, with what the report's plots need."""
     sizes = run.sizes()
     rates = sizes.item_rates(items, PRIOR)
-    plain = partial(rate_users, item_rates=rates, action_rates=sizes.action_rates(PRIOR)) if sizes.graded else None
+    users = partial(rate_users, item_rates=rates, action_rates=sizes.action_rates(PRIOR))
+    plain = users if sizes.misses_known else None
     own = score(model, worker.source.evaluation(run.spec("click-test")), worker.device, plain)
     scores = pa.concat_tables(distributed.gather(own))
     scores = scores.sort_by(
@@ -337,7 +338,7 @@ def _test_click(run: Run, worker: Worker, model: ClickModel, items: pa.Table) ->
     if distributed.rank() == 0:
         run.folder.sub("stage2").write_parquet("test_scores.parquet", scores)
     plainly = {"item popularity": popularity.astype(float), "item click rate": rates[item]}
-    if sizes.graded:
+    if sizes.misses_known:
         plainly["item and user click rates"] = scores.column("plain").to_numpy()
     label = scores.column("label").to_numpy()
     baselines = {name: auc(values, label) for name, values in plainly.items()}

@@ -11,7 +11,7 @@ import torch
 from helpers_model import SIZES, inputs, random_batch, shaken, tiny
 
 from hpgr.config import Asvd
-from hpgr.model.asvd import GAIN, PRIOR, AsymmetricSvd
+from hpgr.model.asvd import GAIN, PRIOR, START, AsymmetricSvd
 from hpgr.model.noise import Noise, number_sites
 from hpgr.model.registry import click_model
 from hpgr.schema import NO_ACTION
@@ -76,6 +76,13 @@ def test_what_is_usual_is_the_training_click_rate_and_the_base_rate_of_unknown_i
     assert usual[: SIZES.first_item].tolist() == pytest.approx([SIZES.base_rate] * SIZES.first_item)
     last = (3 + PRIOR * SIZES.base_rate) / (CATALOGUE + 2 + PRIOR)
     assert float(usual[-1]) == pytest.approx(last)
+
+
+def test_biases_start_at_the_items_click_rates() -> None:
+    shown = range(3, 3 + CATALOGUE)
+    rates = [SIZES.base_rate] * SIZES.first_item + [(3 + START * SIZES.base_rate) / (n + START) for n in shown]
+    start = made().bias.weight.detach()[:, 0].double() + math.log(SIZES.base_rate / (1 - SIZES.base_rate))
+    assert start.sigmoid().tolist() == pytest.approx(rates)
 
 
 def test_an_action_is_worth_its_click_rate_at_the_start() -> None:

@@ -144,3 +144,20 @@ def test_the_last_time_bucket_begins_where_it_says(buckets: int) -> None:
 )
 def test_actions_are_graded_that_say_more_than_the_label(counts: tuple[tuple[int, ...], ...], there: bool) -> None:
     assert replace(SIZES, train_actions=counts).graded == there
+
+
+@pytest.mark.parametrize(
+    ("counts", "there"),
+    [
+        (((0, 0, 9, 0, 0), (0, 0, 0, 5, 0)), True),
+        (((1, 0, 9, 0, 0), (0, 0, 0, 5, 0)), True),
+        (((2, 0, 9, 0, 0), (0, 0, 0, 5, 0)), False),
+        (((9, 0, 0, 0, 0), (0, 0, 0, 5, 0)), False),
+        (((0, 0, 9, 0, 0), (5, 0, 0, 0, 0)), False),
+    ],
+    ids=["all", "nine misses in ten", "fewer misses", "clicks alone", "misses alone"],
+)
+def test_histories_tell_how_much_a_user_clicks_that_hold_misses_too(
+    counts: tuple[tuple[int, ...], ...], there: bool
+) -> None:
+    assert replace(SIZES, train_actions=counts).misses_known == there
