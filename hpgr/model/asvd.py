@@ -19,7 +19,7 @@ from hpgr.model.noise import Dropout, Noise
 
 TABLES = ("asvd.past.weight", "asvd.candidate.weight", "asvd.bias.weight")
 """Names of its tables of items in a click model."""
-PRIOR, START = 5.0, 20.0
+PRIOR, START = 5.0, 10.0
 """Impressions at the base rate that stand beside an item's own, or an action's, in what is usual of it, and beside an
 item's own where its bias starts."""
 STD, GAIN, BY_VECTOR = 0.01, 5.0, 0.1
@@ -35,9 +35,11 @@ class AsymmetricSvd(nn.Module):
 
         logit = bias_i + habit * sum_j r_j / (n + PRIOR) + p_i . sum_j r_j q_j / sqrt(n + 1).
 
-    Biases start at the log-odds of the items' training click rates over those of the base rate: from nought, a log of
-    few steps would not get there. The rates are drawn to the base rate more than what is usual is (START), as the very
-    impression to learn from is among those counted.
+    It starts near the best scorer without a model, the click rates of item and user, as from nought a log of few steps
+    would not get there. Biases start at the log-odds of the items' training click rates over those of the base rate,
+    drawn to it more than what is usual is, as the very impression to learn from is among those counted; habit at half
+    the slope of the log-odds, as the encoder learns of users' habits too. Where histories leave out what was not
+    clicked, they do not tell how much a user clicks, and habit starts at nought.
 
     Events of the very item are left out: what is usual of it was counted over training impressions, the one to learn
     from among them, and would tell its label. The match features tell how the user took the item before.
@@ -66,7 +68,8 @@ class AsymmetricSvd(nn.Module):
             nn.init.normal_(table.weight, std=STD)
         nn.init.zeros_(self.bias.weight)
         self.value = nn.Parameter(torch.from_numpy(sizes.action_rates(PRIOR)))
-        self.habit = nn.Parameter(torch.zeros(()))
+        slope = 1 / (sizes.base_rate * (1 - sizes.base_rate))
+        self.habit = nn.Parameter(torch.tensor(slope / 2 if sizes.misses_known else 0.0))
         self.dropout = Dropout(config.dropout)
         self.register_buffer("usual", torch.full((sizes.items,), sizes.base_rate))
 

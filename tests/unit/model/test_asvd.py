@@ -78,6 +78,12 @@ def test_what_is_usual_is_the_training_click_rate_and_the_base_rate_of_unknown_i
     assert float(usual[-1]) == pytest.approx(last)
 
 
+@pytest.mark.parametrize(("missed", "start"), [((0, 0, 50, 0, 0), 0.5 / (0.3 * 0.7)), ((50, 0, 0, 0, 0), 0)])
+def test_habit_starts_at_half_the_slope_where_histories_hold_misses(missed: tuple[int, ...], start: float) -> None:
+    sizes = replace(SIZES, base_rate=0.3, train_actions=(missed, (0, 0, 0, 30, 40)))
+    assert float(AsymmetricSvd(Asvd(), sizes, 0).habit.detach()) == pytest.approx(start)
+
+
 def test_biases_start_at_the_items_click_rates() -> None:
     shown = range(3, 3 + CATALOGUE)
     rates = [SIZES.base_rate] * SIZES.first_item + [(3 + START * SIZES.base_rate) / (n + START) for n in shown]
