@@ -1,8 +1,8 @@
 """Scorers without a model: training-time click rates by a few facts of an impression, or of items and users.
 
-What a table of position and "engaged before" reaches is what a ranker has to beat (docs/results.md), and where actions
-are graded what items are usually worth and how the user has differed from that. Rates are drawn towards the base rate
-by PRIOR impressions, so what was seen a few times says little.
+What a table of position and "engaged before" reaches is what a ranker has to beat (docs/results.md), and, where
+histories hold misses too, what items are usually worth and how the user has differed from that. Rates are drawn towards
+the base rate by PRIOR impressions, so what was seen a few times says little.
 
 Legend: I impressions of a bucket or batch, C cells of a table, V item table, A actions.
 """

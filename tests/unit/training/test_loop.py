@@ -239,17 +239,22 @@ def test_the_curve_and_the_batches_of_a_run(straight: tuple[Run, dict[str, Any],
     assert run.folder.sub("stage2").exists("test_scores.parquet")
 
 
+def test_clicks_alone_do_not_tell_how_much_a_user_clicks(straight: tuple[Run, dict[str, Any], Any]) -> None:
+    assert straight[1]["baselines"].keys() == {"item popularity", "item click rate"}
+
+
 def test_scorers_without_a_model_are_training_rates(config: Config, tmp_path: Path) -> None:
-    """Of items, and of items and users where actions are graded, counted over the timelines one by one."""
+    """Of items, and of items and users where histories hold misses too, counted over the timelines one by one."""
     stage2 = {"epochs": 1, "action_weight": 0.0}
     pgsa = {"enabled": False, "summaries": 0}
-    over = {"stage1": {"enabled": False}, "stage2": stage2, "stream": {"window": 64}, "model": {"pgsa": pgsa}}
+    stream, data = {"window": 200}, {"history": None}
+    over = {"stage1": {"enabled": False}, "stage2": stage2, "stream": stream, "model": {"pgsa": pgsa}, "data": data}
     run = make_run(validate(merged(dump(config), over)), tmp_path)
     figures = train(run, worker())
     shown, clicked = Counter[int](), Counter[int]()
     told: dict[int, list[int]] = {}
     timelines = [Timelines.from_table(run.prepared.timelines(b)) for b in range(run.prepared.buckets)]
-    assert max(int(np.diff(t.h_offsets).max()) for t in timelines) < 64  # a window shows all of the past
+    assert max(int(np.diff(t.h_offsets).max()) for t in timelines) < 200  # a window shows all of the past
     for t in timelines:
         for i in np.flatnonzero(t.t_split == TRAIN):
             shown[t.t_item[i]] += 1
