@@ -19,9 +19,8 @@ from hpgr.model.noise import Dropout, Noise
 
 TABLES = ("asvd.past.weight", "asvd.candidate.weight", "asvd.bias.weight")
 """Names of its tables of items in a click model."""
-PRIOR, START = 5.0, 10.0
-"""Impressions at the base rate that stand beside an item's own, or an action's, in what is usual of it, and beside an
-item's own where its bias starts."""
+PRIOR = 5.0
+"""Impressions at the base rate that stand beside an item's own, or an action's, in what is usual of it."""
 STD, GAIN, BY_VECTOR = 0.01, 5.0, 0.1
 """Spread of the tables' factors at the start, what those count, so that they learn faster than the rest of the model at
 its rate, and spread of the maps of item vectors."""
@@ -37,9 +36,9 @@ class AsymmetricSvd(nn.Module):
 
     It starts near the best scorer without a model, the click rates of item and user, as from nought a log of few steps
     would not get there. Biases start at the log-odds of the items' training click rates over those of the base rate,
-    drawn to it more than what is usual is, as the very impression to learn from is among those counted; habit at half
-    the slope of the log-odds, as the encoder learns of users' habits too. Where histories leave out what was not
-    clicked, they do not tell how much a user clicks, and habit starts at nought.
+    drawn to it as far as items differ by chance alone; habit at half the slope of the log-odds, as the encoder learns
+    of users' habits too. Where histories leave out what was not clicked, they do not tell how much a user clicks, and
+    habit starts at nought.
 
     Events of the very item are left out: what is usual of it was counted over training impressions, the one to learn
     from among them, and would tell its label. The match features tell how the user took the item before.
@@ -76,11 +75,12 @@ class AsymmetricSvd(nn.Module):
     def know_items(self, items: pa.Table) -> None:
         """Click rates of the catalogue in training, those of rarely shown items near the base rate: what is usual, and
         where biases start."""
-        base = self.sizes.base_rate
+        base, prior = self.sizes.base_rate, self.sizes.item_prior(items)
         self.usual.copy_(torch.from_numpy(self.sizes.item_rates(items, PRIOR)))
-        start = torch.from_numpy(self.sizes.item_rates(items, START)).logit() - math.log(base / (1 - base))
-        with torch.no_grad():
-            self.bias.weight.copy_(start[:, None])
+        if math.isfinite(prior):
+            start = torch.from_numpy(self.sizes.item_rates(items, prior)).logit() - math.log(base / (1 - base))
+            with torch.no_grad():
+                self.bias.weight.copy_(start[:, None])
 
     def forward(self, x: Inputs, vectors: tuple[Tensor, Tensor] | None, noise: Noise | None) -> Tensor:
         """Logits to add to the candidates': [B, M]. `vectors` are the candidates' and the history's, [B, M, D] and

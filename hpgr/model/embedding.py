@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -67,6 +68,19 @@ class Sizes:
         clicked, shown = (items.column(name).to_numpy().astype(np.float64) for name in ("clicked", "shown"))
         known = (clicked + prior * self.base_rate) / (shown + prior)
         return np.concatenate([np.full(self.first_item, self.base_rate), known])
+
+    def item_prior(self, items: pa.Table) -> float:
+        """The `prior` of `item_rates` by which items differ as much as their rates say beyond chance; infinite if not at
+        all. The beta-binomial's, by moments (Kleinman 1973), and never less than one impression."""
+        clicked, shown = (items.column(name).to_numpy().astype(np.float64) for name in ("clicked", "shown"))
+        clicked, shown = clicked[shown > 0], shown[shown > 0]
+        more = shown.sum() - len(shown)
+        if not more:
+            return math.inf
+        chance = self.base_rate * (1 - self.base_rate)
+        beyond = ((clicked - shown * self.base_rate) ** 2 / shown).sum() / chance - len(shown)
+        alike = beyond / more  # correlation of an item's impressions
+        return math.inf if alike <= 0 else max(1.0, 1 / alike - 1)
 
     def action_rates(self, prior: float) -> Array:
         """Training click rate by action [actions], likewise; an impression without an action tells nothing of one."""
