@@ -70,8 +70,8 @@ class Sizes:
         return np.concatenate([np.full(self.first_item, self.base_rate), known])
 
     def item_prior(self, items: pa.Table) -> float:
-        """The `prior` of `item_rates` by which items differ as much as their rates say beyond chance; infinite if not at
-        all. The beta-binomial's, by moments (Kleinman 1973), and never less than one impression."""
+        """The `prior` of `item_rates` that items' rates call for: the beta-binomial's, by moments (Kleinman 1973), one
+        impression at least. It is infinite where they differ by no more than chance."""
         clicked, shown = (items.column(name).to_numpy().astype(np.float64) for name in ("clicked", "shown"))
         clicked, shown = clicked[shown > 0], shown[shown > 0]
         more = shown.sum() - len(shown)

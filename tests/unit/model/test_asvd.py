@@ -11,7 +11,7 @@ import torch
 from helpers_model import SIZES, inputs, random_batch, shaken, tiny
 
 from hpgr.config import Asvd
-from hpgr.model.asvd import GAIN, PRIOR, START, AsymmetricSvd
+from hpgr.model.asvd import GAIN, PRIOR, AsymmetricSvd
 from hpgr.model.noise import Noise, number_sites
 from hpgr.model.registry import click_model
 from hpgr.schema import NO_ACTION
@@ -85,10 +85,16 @@ def test_habit_starts_at_half_the_slope_where_histories_hold_misses(missed: tupl
 
 
 def test_biases_start_at_the_items_click_rates() -> None:
-    shown = range(3, 3 + CATALOGUE)
-    rates = [SIZES.base_rate] * SIZES.first_item + [(3 + START * SIZES.base_rate) / (n + START) for n in shown]
-    start = made().bias.weight.detach()[:, 0].double() + math.log(SIZES.base_rate / (1 - SIZES.base_rate))
-    assert start.sigmoid().tolist() == pytest.approx(rates)
+    """As far as items differ beyond chance."""
+    base, asvd = SIZES.base_rate, AsymmetricSvd(Asvd(), SIZES, 0)
+    alike = pa.table({"clicked": [1] * CATALOGUE, "shown": [1 / base] * CATALOGUE})
+    asvd.know_items(alike)
+    assert not asvd.bias.weight.any()
+    items = pa.table({"clicked": [2 * (i % 3) for i in range(CATALOGUE)], "shown": [4] * CATALOGUE})
+    asvd.know_items(items)
+    start = asvd.bias.weight.detach()[:, 0].double() + math.log(base / (1 - base))
+    assert start.sigmoid().tolist() == pytest.approx(SIZES.item_rates(items, SIZES.item_prior(items)).tolist())
+    assert len(set(start.tolist())) == 4
 
 
 def test_an_action_is_worth_its_click_rate_at_the_start() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from helpers_model import SIZES, changed, inputs, random_batch, rows_of, shaken, tiny
@@ -130,6 +132,28 @@ def test_padding_goes_and_comes_back_in_row_order() -> None:
 def test_the_last_time_bucket_begins_where_it_says(buckets: int) -> None:
     at = torch.tensor([0.99 * LONGEST, 1.01 * LONGEST], dtype=torch.float64) * SECOND
     assert time_bucket(at.long(), buckets).tolist() == [buckets - 2, buckets - 1]
+
+
+def test_the_prior_of_items_is_the_one_they_were_drawn_by() -> None:
+    rng, sizes = np.random.default_rng(5), replace(SIZES, base_rate=0.3)
+    shown = rng.integers(0, 60, 5000)
+    for prior in (4.0, 40.0):
+        clicked = rng.binomial(shown, rng.beta(0.3 * prior, 0.7 * prior, len(shown)))
+        assert sizes.item_prior(pa.table({"clicked": clicked, "shown": shown})) == pytest.approx(prior, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("clicked", "shown", "prior"),
+    [
+        ([3] * 9, [10] * 9, math.inf),
+        ([1, 0, 0], [1, 1, 1], math.inf),
+        ([0], [0], math.inf),
+        ([9, 0, 0], [9, 9, 12], 1.0),
+    ],
+    ids=["alike", "each shown once", "not shown", "all or nothing"],
+)
+def test_the_prior_at_its_ends(clicked: list[int], shown: list[int], prior: float) -> None:
+    assert replace(SIZES, base_rate=0.3).item_prior(pa.table({"clicked": clicked, "shown": shown})) == prior
 
 
 @pytest.mark.parametrize(
