@@ -12,7 +12,7 @@ import yaml
 
 from hpgr.config import Config, override, validate
 from hpgr.config.reading import inner_section
-from hpgr.search.matrix import Matrix, load_matrix
+from hpgr.search.matrix import Matrix, load_matrix, parse_matrix
 from hpgr.search.space import Space
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -89,8 +89,8 @@ def test_configurations_are_valid(page: Path) -> None:
     """YAML blocks, and those a shell block writes into a .yaml file."""
     blocks = [m[2] for m in FENCE.finditer(text_of(page)) if m[1] == "yaml"]
     blocks += re.findall(r"> \w+\.yaml <<'EOF'\n(.*?)^EOF", text_of(page), re.MULTILINE | re.DOTALL)
-    for block in blocks:
-        validate(yaml.safe_load(block))
+    for block in map(yaml.safe_load, blocks):
+        parse_matrix(block) if "rows" in block else validate(block)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)

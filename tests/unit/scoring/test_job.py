@@ -227,7 +227,7 @@ def test_measured_retrieval_is_stage_ones_own_test(finished: Finished, tmp_path:
     for name in ("hr@1", "hr@10", "ndcg@10", "n", "hr@10_unseen"):
         assert told["retrieval"][name] == pytest.approx(expected[name]), name
     assert told["retrieval and ranking"]["n"] == expected["n"]
-    assert told["retrieval and ranking"]["hr@10"] != told["retrieval"]["hr@10"]
+    assert told["retrieval and ranking"]["ndcg@10"] != told["retrieval"]["ndcg@10"]  # few users: HR is often the same
     assert any("held out" in line for line in account_lines(summary))
 
 
