@@ -21,6 +21,8 @@ TABLES = ("asvd.past.weight", "asvd.candidate.weight", "asvd.bias.weight")
 """Names of its tables of items in a click model."""
 PRIOR = 5.0
 """Impressions at the base rate that stand beside an item's own, or an action's, in what is usual of it."""
+HABIT = 10.0
+"""Most that habit starts at: far above a low base rate, where a few clicks put a user, the slope promises too much."""
 STD, GAIN, BY_VECTOR = 0.01, 5.0, 0.1
 """Spread of the tables' factors at the start, what those count, so that they learn faster than the rest of the model at
 its rate, and spread of the maps of item vectors."""
@@ -36,9 +38,10 @@ class AsymmetricSvd(nn.Module):
 
     It starts near the best scorer without a model, the click rates of item and user, as from nought a log of few steps
     would not get there. Biases start at the log-odds of the items' training click rates over those of the base rate,
-    drawn to it as far as items differ by chance alone; habit at half the slope of the log-odds, as the encoder learns
-    of users' habits too. Where histories leave out what was not clicked, they do not tell how much a user clicks, and
-    habit starts at nought.
+    drawn to it as far as items differ by chance alone (they have seen the impressions to learn from, as any learnt bias
+    has); habit at half the slope of the log-odds, as the encoder learns of users' habits too, and no further than
+    HABIT. Where histories leave out what was not clicked, they do not tell how much a user clicks, and habit starts at
+    nought.
 
     Events of the very item are left out: what is usual of it was counted over training impressions, the one to learn
     from among them, and would tell its label. The match features tell how the user took the item before.
@@ -68,7 +71,7 @@ class AsymmetricSvd(nn.Module):
         nn.init.zeros_(self.bias.weight)
         self.value = nn.Parameter(torch.from_numpy(sizes.action_rates(PRIOR)))
         slope = 1 / (sizes.base_rate * (1 - sizes.base_rate))
-        self.habit = nn.Parameter(torch.tensor(slope / 2 if sizes.misses_known else 0.0))
+        self.habit = nn.Parameter(torch.tensor(min(slope / 2, HABIT) if sizes.misses_known else 0.0))
         self.dropout = Dropout(config.dropout)
         self.register_buffer("usual", torch.full((sizes.items,), sizes.base_rate))
 

@@ -11,7 +11,7 @@ import torch
 from helpers_model import SIZES, inputs, random_batch, shaken, tiny
 
 from hpgr.config import Asvd
-from hpgr.model.asvd import GAIN, PRIOR, AsymmetricSvd
+from hpgr.model.asvd import GAIN, HABIT, PRIOR, AsymmetricSvd
 from hpgr.model.noise import Noise, number_sites
 from hpgr.model.registry import click_model
 from hpgr.schema import NO_ACTION
@@ -78,9 +78,13 @@ def test_what_is_usual_is_the_training_click_rate_and_the_base_rate_of_unknown_i
     assert float(usual[-1]) == pytest.approx(last)
 
 
-@pytest.mark.parametrize(("missed", "start"), [((0, 0, 50, 0, 0), 0.5 / (0.3 * 0.7)), ((50, 0, 0, 0, 0), 0)])
-def test_habit_starts_at_half_the_slope_where_histories_hold_misses(missed: tuple[int, ...], start: float) -> None:
-    sizes = replace(SIZES, base_rate=0.3, train_actions=(missed, (0, 0, 0, 30, 40)))
+@pytest.mark.parametrize(
+    ("missed", "base", "start"),
+    [((0, 0, 50, 0, 0), 0.3, 0.5 / (0.3 * 0.7)), ((0, 0, 50, 0, 0), 0.01, HABIT), ((50, 0, 0, 0, 0), 0.3, 0)],
+    ids=["half the slope", "a low rate", "clicks alone"],
+)
+def test_habit_starts_where_histories_hold_misses(missed: tuple[int, ...], base: float, start: float) -> None:
+    sizes = replace(SIZES, base_rate=base, train_actions=(missed, (0, 0, 0, 30, 40)))
     assert float(AsymmetricSvd(Asvd(), sizes, 0).habit.detach()) == pytest.approx(start)
 
 
