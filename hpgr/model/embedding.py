@@ -65,14 +65,14 @@ class Sizes:
 
         `items` is the vocabulary's table, with `shown` and `clicked`; what is not of the catalogue has the base rate.
         """
-        clicked, shown = (items.column(name).to_numpy().astype(np.float64) for name in ("clicked", "shown"))
+        clicked, shown = _impressions(items)
         known = (clicked + prior * self.base_rate) / (shown + prior)
         return np.concatenate([np.full(self.first_item, self.base_rate), known])
 
     def item_prior(self, items: pa.Table) -> float:
         """The `prior` of `item_rates` that items' rates call for: the beta-binomial's, by moments (Kleinman 1973), one
         impression at least. It is infinite where they differ by no more than chance."""
-        clicked, shown = (items.column(name).to_numpy().astype(np.float64) for name in ("clicked", "shown"))
+        clicked, shown = _impressions(items)
         clicked, shown = clicked[shown > 0], shown[shown > 0]
         more = shown.sum() - len(shown)
         if not more:
@@ -87,6 +87,12 @@ class Sizes:
         known = np.array(self.train_actions, np.float32)
         known[:, NO_ACTION] = 0
         return (known[1] + prior * self.base_rate) / (known.sum(0) + prior)
+
+
+def _impressions(items: pa.Table) -> tuple[Array, Array]:
+    """Training clicks and impressions of each item of the catalogue."""
+    clicked, shown = (items.column(name).to_numpy().astype(np.float64) for name in ("clicked", "shown"))
+    return clicked, shown
 
 
 class Features(nn.Module):
