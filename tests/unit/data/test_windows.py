@@ -13,7 +13,7 @@ from hpgr.artifacts import Folder
 from hpgr.data.batches import Assembler, next_item_batch
 from hpgr.data.preparation import Prepared, in_process
 from hpgr.data.stream import build_index
-from hpgr.data.windows import Windows, training_windows
+from hpgr.data.windows import Windows, query_windows, training_windows
 from hpgr.schema import SPLITS, TRAIN, Batch, Timelines
 
 EARLY: list[dict[str, Any]] = [
@@ -103,6 +103,22 @@ def test_a_query_comes_a_second_after_its_history(prepare_log: Make, config: Mak
     t = timelines(prepared)
     batch = query(prepared, config, tmp_path, "test")
     assert batch.h_time[-1] == t.h_time[batch.h_lengths[0] - 2] + 1_000_000
+
+
+def test_a_query_leaves_room_in_the_window_for_its_hidden_event(prepare_log: Make, config: Make) -> None:
+    """Of a long past the last events: with the hidden one there are as many as training's windows hold."""
+    t = timelines(prepare_log(EARLY + page("x", "y", "z"), split=LEFT))
+    stream = config(stream={"window": 4}).stream
+    windows = [query_windows(t, stream, np.array([0]), np.array([seen])) for seen in range(7)]
+    assert [(int(w.start[0]), int(w.stop[0])) for w in windows] == [
+        (0, 0),
+        (0, 1),
+        (0, 2),
+        (0, 3),
+        (1, 4),
+        (2, 5),
+        (3, 6),
+    ]
 
 
 @pytest.mark.parametrize("price", range(6))

@@ -69,6 +69,17 @@ def test_shares_sum_to_one_over_what_is_visible(runs: tuple[Any, Any]) -> None:
             assert (found[hidden] == 0).all()
 
 
+def test_shares_are_of_all_events_by_whatever_form_the_model_attends(runs: tuple[Any, Any]) -> None:
+    model = runs[0].click_model(CPU)
+    for step in steps(runs[0]):
+        x, found = pad(step.batch, CPU), []
+        for impl in ("reference", "gather"):
+            model.attend_by(impl)
+            found.append(shares(model, x))
+        assert found[1].shape == (*x.c_visible.shape, x.h_item.shape[1])
+        torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
 def test_mass_is_that_of_a_loop_and_dense_differs_from_sparse(runs: tuple[Any, Any]) -> None:
     models = {"sparse": runs[0].click_model(CPU), "dense": runs[1].click_model(CPU)}
     truth = Truth.of(runs[0].config.data.synthetic, runs[0].run.prepared)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from helpers_scoring import batch, write
 
+from hpgr.artifacts import Folder
 from hpgr.errors import ArtifactError
 from hpgr.scoring import output
 from hpgr.scoring.finished import Finished
@@ -58,3 +59,15 @@ def test_a_part_of_other_rows_than_its_record_says_is_not_published(
     with pytest.raises(ArtifactError, match="does not hold the"):
         batch(finished, tmp_path / "out", candidates=pairs)
     assert not (tmp_path / "out/_SUCCESS").exists()
+
+
+def test_a_folder_is_claimed_by_one_request_whatever_keys_another_has(tmp_path: Path) -> None:
+    """An earlier or later version may record more or fewer keys: that is another request too."""
+    folder, record = Folder(str(tmp_path)), {"run": "r", "explain": False}
+    assert [output.claim(folder, record), output.claim(folder, record)] == [False, False]
+    with pytest.raises(ArtifactError, match="another request: top is 3 and there None;"):
+        output.claim(folder, record | {"top": 3})
+    with pytest.raises(ArtifactError, match="another request: explain is None and there False;"):
+        output.claim(folder, {"run": "r"})
+    folder.write_json(output.SUCCESS, {})
+    assert output.claim(folder, record)
