@@ -50,7 +50,7 @@ class Columns(Section):
     label: str | None = None
     """0/1 column, null = not a target; or the column that `data.label_rule` turns into 0/1."""
     action: str | None = None
-    """Kind of event (event type, rating). The label, where there is one, is always part of the action."""
+    """Kind of event (event type, rating), of a few. The label, where there is one, is always part of the action."""
     request: list[str] | None = None
     """Columns that together name the list an impression was shown in."""
     order: str | None = None
@@ -186,6 +186,10 @@ class Data(Section):
         names = [f.name for f in self.features]
         if len(set(names)) < len(names):
             raise ValueError(f"feature names must differ, got {names}")
+        told = [f.name for f in self.features if f.column == self.columns.label and f.role != "event"]
+        if told:
+            raise ValueError(f"features {told} read the label's own column and would tell it; give them the role "
+                             "event, which histories alone show, or another column")  # fmt: skip
         taken = [n for n in names if n.startswith(LIST_PREFIX)]
         if taken:
             raise ValueError(f"feature names may not begin with {LIST_PREFIX!r}, got {taken}")

@@ -286,9 +286,13 @@ class Job:
             raise DataError("the log is empty: no row in any file of data.path")
         worst = ", ".join(f"{n:,} {r}" for r, n in reasons.most_common(4))
         if bad == rows or bad > self.data.max_quarantined * rows:
+            first = next(s["first_bad"] for s in scans if s["first_bad"])
+            dates = (
+                " Dates as text are those of ISO 8601 (2024-01-31T08:00:00Z)." if "unreadable time" in reasons else ""
+            )
             raise DataError(f"{bad:,} of {rows:,} rows cannot be used ({worst}); data.max_quarantined allows "
-                            f"{self.data.max_quarantined:.0%}. Check data.columns and data.time_unit; the rows are in "
-                            f"{self.folder.uri}/quarantine")  # fmt: skip
+                            f"{self.data.max_quarantined:.0%}. Check data.columns and data.time_unit.{dates} The first "
+                            f"is {first[:200]}; all are in {self.folder.uri}/quarantine")  # fmt: skip
         if bad:
             self.say(f"prepare: {bad:,} row(s) quarantined in {self.folder.uri}/quarantine: {worst}")
         return {"rows_in": rows, "quarantined": bad, "reasons": dict(sorted(reasons.items()))}
@@ -333,10 +337,18 @@ class Job:
         history = sum(c["history_events"] for c in counts)
         if self.data.history and not history:
             raise DataError("no history: no row matches data.history; check its columns and values")
+        users, unused, unlabelled = (sum(c[key] for c in counts) for key in ("users", "unused", "unlabelled"))
+        if unused:
+            self.say(f"prepare: {unused:,} row(s) are used for nothing: they have no label or are no impressions, and "
+                     "data.history leaves them out")  # fmt: skip
+        if unlabelled and self.data.impressions is None:
+            self.say(f"prepare: {unlabelled:,} row(s) of lists have no label and so do not count as shown; if they "
+                     "were, say so by data.impressions: whole lists are told apart from parts of them")  # fmt: skip
         return {
             "splits": {n: {"impressions": rows[n], "positives": positives[n]} for n in SPLIT_NAMES},
             "history_events": history,
-            **{key: sum(c[key] for c in counts) for key in ("users", "unused")},
+            "users": users,
+            "unused": unused,
             "first_time": min(c["first_time"] for c in counts),
             "last_time": max(c["last_time"] for c in counts),
         }  # fmt: skip
@@ -377,7 +389,8 @@ def scan(fragment: Fragment, data: Data, folder: Folder, buckets: int) -> dict[s
             "file", pa.array([fragment.file.uri] * sum(b.num_rows for b in bad))
         )
         folder.write_parquet(f"quarantine/{fragment.index:06d}-{fragment.first:06d}.parquet", table)
-    return {"rows": rows, "reasons": dict(reasons), "columns": there}
+    first_bad = bad[0].column("values")[0].as_py() if bad else ""
+    return {"rows": rows, "reasons": dict(reasons), "columns": there, "first_bad": first_bad}
 
 
 def dealt(rows: pa.Table, parts: int) -> tuple[pa.Table, Ints]:

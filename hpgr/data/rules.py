@@ -1,4 +1,4 @@
-"""Rules over a log's own columns, evaluated over whole columns. A comparison with null is false."""
+"""Rules over a log's own columns, evaluated over whole columns. A comparison with null is false; NaN is null."""
 
 from __future__ import annotations
 
@@ -46,6 +46,8 @@ def holds(column: pa.ChunkedArray, rule: Rule) -> Mask:
     Raises:
         DataError: the column cannot be compared with the rule's value.
     """
+    if pa.types.is_floating(column.type):
+        column = pc.if_else(pc.is_nan(column), None, column)
     if rule.op in ("is_null", "not_null"):
         mask = pc.is_null(column) if rule.op == "is_null" else pc.is_valid(column)
         return _to_numpy(mask)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,12 +12,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.fs as pafs
 import pyarrow.json as pajson
 import pyarrow.parquet as pq
 
 from hpgr.artifacts import asked_again, resolve
+from hpgr.data.quotes import Quotes
 from hpgr.errors import DataError
 
 PACKED = ("", ".gz", ".zst", ".bz2")
@@ -232,7 +235,7 @@ def _read_csv(file: SourceFile, columns: list[str]) -> Iterator[tuple[pa.Table, 
         bad.append(row.text or "")
         return "skip"
 
-    start = 0
+    start, quotes = 0, Quotes()
     convert = pacsv.ConvertOptions(
         include_columns=columns,
         column_types=dict.fromkeys(columns, pa.string()),
@@ -240,12 +243,15 @@ def _read_csv(file: SourceFile, columns: list[str]) -> Iterator[tuple[pa.Table, 
         strings_can_be_null=True,
     )
     try:
-        with _csv_reader(file, BLOCK_BYTES, convert, keep_bad) as reader:
+        with _csv_reader(file, BLOCK_BYTES, convert, keep_bad, quotes) as reader:
             for batch in reader:
                 yield pa.Table.from_batches([batch]), start
                 start += batch.num_rows
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{file.uri}: cannot be read as CSV near row {start}: {error}") from None
+        why = quotes.fault() or f"cannot be read as CSV near row {start}: {error}"
+        raise DataError(f"{file.uri}: {why}") from None
+    if fault := quotes.fault():
+        raise DataError(f"{file.uri}: {fault}")
     if bad:
         yield pa.table({RAW_LINE: bad}), start
 
@@ -264,15 +270,32 @@ def _csv_names(file: SourceFile) -> list[str]:
 
 
 @contextmanager
-def _csv_reader(file: SourceFile, block: int, convert: Any, on_bad: Callable[[Any], str]) -> Iterator[Any]:
+def _csv_reader(
+    file: SourceFile, block: int, convert: Any, on_bad: Callable[[Any], str], quotes: Quotes | None = None
+) -> Iterator[Any]:
     filesystem, path = resolve(file.uri)
     with filesystem.open_input_stream(path, compression="detect") as stream:
         yield pacsv.open_csv(
-            stream,
+            stream if quotes is None else _Watched(stream, quotes),
             read_options=pacsv.ReadOptions(block_size=block, use_threads=False),
             parse_options=pacsv.ParseOptions(invalid_row_handler=on_bad, newlines_in_values=True),
             convert_options=convert,
         )
+
+
+class _Watched(io.RawIOBase):
+    """A stream whose bytes are shown to `Quotes` as they go by."""
+
+    def __init__(self, stream: Any, quotes: Quotes) -> None:
+        self.stream, self.quotes = stream, quotes
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int | None = -1) -> bytes:
+        data: bytes = self.stream.read(size)
+        self.quotes.see(data)
+        return data
 
 
 def _read_jsonl(file: SourceFile, columns: list[str]) -> Iterator[tuple[pa.Table, int]]:
@@ -302,10 +325,17 @@ def _parse_lines(text: bytes, columns: list[str]) -> list[pa.Table]:
         if dates:  # Arrow turned text into dates: an id that looks like one is still text
             table = _parse_block(text, pa.schema([(name, pa.string()) for name in dates]))
         present = [c for c in columns if c in table.column_names]
+        if any(_lost_digits(table.column(c)) for c in present):
+            return _parse_one_by_one(text, columns)
         table = table.select(present) if present else pa.table({columns[0]: pa.nulls(table.num_rows)})
         return [_with_missing(table, columns)]
     except (pa.ArrowException, UnicodeDecodeError):
         return _parse_one_by_one(text, columns)
+
+
+def _lost_digits(column: pa.ChunkedArray) -> bool:
+    """Whether Arrow took whole numbers too large for 64 bits, ids for one, for doubles."""
+    return pa.types.is_floating(column.type) and bool(pc.any(pc.greater_equal(pc.abs(column), 2.0**53)).as_py())
 
 
 def _parse_block(text: bytes, known: pa.Schema | None = None) -> pa.Table:

@@ -79,6 +79,7 @@ def _account(table: pa.Table, targets: Targets, split: Array, used: Array, users
         "positives": [int(label[split == s].sum()) for s in range(3)],
         "history_events": int(_flags(table, IN_HISTORY).sum()),
         "unused": int((~used).sum()),
+        "unlabelled": _unlabelled(table),
         "users": int(np.count_nonzero(np.bincount(users[used]))),
         "first_time": int(time.min(initial=np.iinfo(np.int64).max)),
         "last_time": int(time.max(initial=np.iinfo(np.int64).min)),
@@ -144,6 +145,13 @@ def events_before(h_user: Ints, h_time: Ints, t_user: Ints, t_time: Ints) -> Int
 
 def _flags(table: pa.Table, name: str) -> Array:
     return np.array(table.column(name).to_numpy(zero_copy_only=False), bool)
+
+
+def _unlabelled(table: pa.Table) -> int:
+    """Rows that name a list and have no label."""
+    if REQUEST not in table.column_names:
+        return 0
+    return int(((table.column(REQUEST).to_numpy() != 0) & (_labels(table) < 0)).sum())
 
 
 def _labels(table: pa.Table) -> Array:

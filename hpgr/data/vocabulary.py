@@ -15,11 +15,14 @@ import pyarrow.compute as pc
 from hpgr.config import Data, Feature
 from hpgr.config import Vocabulary as VocabularyConfig
 from hpgr.data.hashing import U64, hash_items, spelled_once
+from hpgr.errors import DataError
 from hpgr.schema import ACTION, FEATURE_PREFIX, FIRST_OOV, IN_HISTORY, IS_TARGET, ITEM, LABEL, Array, Floats, Ints
 
 ITEM_FIELD = "item"
 OF_ITEMS, OF_NUMBERS = ("shown", "clicked", "history"), ("sum", "squares")
 """What is counted of items alone, and of numeric features alone."""
+ACTIONS = 500
+"""Most kinds of events that training has room for: candidates count theirs of each kind."""
 MISSING, UNKNOWN = 0, 1
 """Category index of a null and of a value unseen in training; known values follow."""
 
@@ -42,8 +45,8 @@ def actions(table: pa.Table) -> pa.DictionaryArray:
 def count(table: pa.Table, training: npt.NDArray[np.bool_], data: Data) -> pa.Table:
     """Occurrences of every value in training rows: field, value, count, shown, clicked, history, sum, squares.
 
-    `shown`, `clicked` and `history` count an item's impressions, clicks and events of histories; `sum` and `squares`
-    are for numeric features.
+    `shown`, `clicked` and `history` count an item's impressions, clicks and events of histories; `sum`, and `squares`
+    of the deviations from the mean, are for numeric features.
     """
     rows = table.filter(pa.array(training))
     parts = [_count_items(rows), _count_words("action", actions(rows))]
@@ -59,7 +62,7 @@ def count(table: pa.Table, training: npt.NDArray[np.bool_], data: Data) -> pa.Ta
                     [""],
                     [len(values)],
                     sum=[values.sum()],
-                    squares=[(values**2).sum()],
+                    squares=[((values - values.mean()) ** 2).sum() if len(values) else 0.0],
                 )
             )
     return pa.concat_tables(parts)
@@ -99,11 +102,24 @@ def _frame(field: str, value: Any, counts: Any, **more: Any) -> pa.Table:
 
 def merge(parts: Iterable[pa.Table]) -> pa.Table:
     """Counts of several buckets together, in an order that does not depend on theirs."""
-    table = pa.concat_tables(parts)
+    table = _about_one_mean(pa.concat_tables(parts))
     sums = [(name, "sum") for name in ("count", *OF_ITEMS, *OF_NUMBERS)]
     merged = table.group_by(["field", "value"], use_threads=False).aggregate(sums)
     merged = merged.rename_columns([n.removesuffix("_sum") for n in merged.column_names])
     return merged.sort_by([("field", "ascending"), ("count", "descending"), ("value", "ascending")])
+
+
+def _about_one_mean(parts: pa.Table) -> pa.Table:
+    """Parts whose `squares` add up: each about the mean of all (Chan, Golub and LeVeque 1983). Sums of plain squares
+    would lose what tells apart times of one day."""
+    squares = parts.column("squares").to_numpy().copy()
+    numeric = pc.and_(pc.equal(parts.column("value"), ""), pc.greater(parts.column("count"), 0))
+    at = np.flatnonzero(numeric.to_numpy())
+    some = parts.take(pa.array(at)).to_pandas()
+    of_field = some.groupby("field")[["sum", "count"]].transform("sum")
+    between = some["sum"] / some["count"] - of_field["sum"] / of_field["count"]
+    squares[at] += some["count"] * between**2
+    return parts.set_column(parts.column_names.index("squares"), "squares", pa.array(squares))
 
 
 @dataclass(frozen=True)
@@ -129,6 +145,10 @@ class Vocabulary:
         bucket = _bucket(hash_items(others.column("value")), config.oov_buckets)
         oov = np.bincount(bucket, others.column("history").to_numpy(), config.oov_buckets).astype(np.int64)
         categories = {"action": _index(counts, "action")}
+        if len(categories["action"]) > ACTIONS:
+            raise DataError(f"data.columns.action: got {len(categories['action']):,} kinds of events (of each label), "
+                            f"expected at most {ACTIONS:,}; map a number, such as watch time, as a numeric feature of "
+                            "role event, or a column of bins of it")  # fmt: skip
         moments: dict[str, tuple[float, float]] = {}
         for feature in features:
             field = FEATURE_PREFIX + feature.name
@@ -212,5 +232,4 @@ def _moments(counts: pa.Table, field: str) -> tuple[float, float]:
     n = row[0]["count"] if row else 0
     if not n:
         return 0.0, 1.0
-    mean = row[0]["sum"] / n
-    return mean, max(row[0]["squares"] / n - mean**2, 0.0) ** 0.5 or 1.0
+    return row[0]["sum"] / n, (row[0]["squares"] / n) ** 0.5 or 1.0

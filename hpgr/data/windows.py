@@ -12,6 +12,9 @@ from hpgr.data.hashing import combine
 from hpgr.data.ordering import run_starts
 from hpgr.schema import TEST, Array, Ints, Timelines, ranges
 
+NEVER = np.iinfo(np.int64).max
+"""Later than any time of a log."""
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -137,7 +140,7 @@ def next_item_windows(timelines: Timelines, stream: Stream, bucket: int, split: 
     seen = np.bincount(user[before], minlength=len(timelines))
     if one_out:
         seen = _held_out_places(timelines, split, seen)
-    row = np.flatnonzero((seen > 0) & (seen < np.diff(timelines.h_offsets)) & (begins > 0))
+    row = np.flatnonzero((seen > 0) & (seen < np.diff(timelines.h_offsets)) & (begins < NEVER))
     stop = seen[row]
     start, nothing = np.maximum(0, stop - (stream.window - 1)), np.zeros(len(row), np.int64)
     return _build(timelines, bucket, row, start, stop, nothing, nothing)
@@ -166,10 +169,9 @@ def _held_out_places(timelines: Timelines, split: int, otherwise: Ints) -> Ints:
 
 
 def split_begins(timelines: Timelines, split: int) -> Ints:
-    """Time of each user's first impression of the split: [U]; 0 where there is none."""
-    never = np.iinfo(np.int64).max
+    """Time of each user's first impression of the split: [U]; NEVER where there is none."""
     user = np.repeat(np.arange(len(timelines)), np.diff(timelines.t_offsets))
-    begins = np.full(len(timelines), never, np.int64)
+    begins = np.full(len(timelines), NEVER, np.int64)
     held = timelines.t_split == split
     np.minimum.at(begins, user[held], timelines.t_time[held])
-    return np.where(begins == never, 0, begins)
+    return begins

@@ -124,8 +124,8 @@ class Features(nn.Module):
 
 
 def _key(name: str) -> str:
-    """Module names may not hold dots."""
-    return "f_" + name.replace(".", "_")
+    """Module names may not hold dots; no two names become one."""
+    return "f_" + name.replace("_", "__").replace(".", "_d")
 
 
 class EventEncoder(nn.Module):

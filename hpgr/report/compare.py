@@ -307,7 +307,7 @@ def compare_summary(data: CompareData, next_commands: Sequence[str]) -> str:
     errors = [f"{m['model']}: {f['error']}" for m in data.models for f in m.get("failed", ())]
     errors += [f"{study}: {error}" for study, error in part(data.result, "left_out").items()]
     lines += [
-        *([] if lines else ["no row has been tested"]),
+        *([] if lines else ["no row has an AUC: none was tested, or the test has not both clicks and others"]),
         *entry("cells", f"{show(cells.get('finished'))} finished, {show(cells.get('failed'))} failed"),
         *entry("time", times),
         *(entry("last error", clip(errors[-1], COLUMNS - 12)) if errors else []),

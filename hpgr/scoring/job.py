@@ -158,7 +158,7 @@ def _item_features(finished: Finished, candidates: Candidates | None, execute: E
     if not lacking_item_features(finished.config.data, candidates.layout.features if candidates else ()):
         return None
     sizes = finished.run.sizes()
-    return learn_item_features(finished.run.prepared, sizes.first_item, sizes.items, execute)
+    return learn_item_features(finished.run.prepared, finished.config.data, sizes.first_item, sizes.items, execute)
 
 
 def moment(text: str | None, config: Config, last: int) -> int:

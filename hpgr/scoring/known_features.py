@@ -1,8 +1,8 @@
 """Features that candidates do not tell, from what the log told last, and what their lists tell of them [D].
 
-A feature of the user is that of the user's last visible event. A feature of an item is that of its last event in the
-run's training time, of whichever user: later events would tell a test what only the future knows. A candidate whose
-moment is not after that event does not know it.
+A feature of the user is that of the user's last visible event. A feature of an item is that of its last event or
+impression in the run's training time, of whichever user: later ones would tell a test what only the future knows. A
+candidate whose moment is not after that does not know it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hpgr.data.lists import compared_features, list_features
 from hpgr.data.preparation import Execute, Prepared
 from hpgr.data.timelines import features_of
 from hpgr.data.vocabulary import MISSING
-from hpgr.schema import SECOND, Array, Ints, Timelines
+from hpgr.schema import SECOND, TRAIN, Array, Ints, Timelines
 from hpgr.scoring.pairs import Pairs
 
 KINDS: tuple[tuple[str, float], ...] = (("cat", MISSING), ("num", np.nan))
@@ -49,9 +49,10 @@ class ItemFeatures:
         return cls(table["time"].to_numpy(), *own)
 
 
-def learn_item_features(prepared: Prepared, first_item: int, size: int, execute: Execute) -> ItemFeatures:
-    """Features of each item's last training event; missing for items without one and for unknown items."""
-    parts = list(execute("item features", partial(_last_events, prepared=prepared), range(prepared.buckets)))
+def learn_item_features(prepared: Prepared, data: Data, first_item: int, size: int, execute: Execute) -> ItemFeatures:
+    """Features of each item's last training event or impression; missing for items without one and unknown items."""
+    last_told = partial(_last_told, prepared=prepared, data=data)
+    parts = list(execute("item features", last_told, range(prepared.buckets)))
     item, time, cat, num = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     order = np.lexsort((time, item))
     last = order[np.flatnonzero(np.diff(item[order], append=-1))]
@@ -65,15 +66,36 @@ def learn_item_features(prepared: Prepared, first_item: int, size: int, execute:
     return out
 
 
-def _last_events(bucket: int, prepared: Prepared) -> tuple[Array, Array, Array, Array]:
-    """Item, time and features of each item's last training event in a bucket."""
+def _last_told(bucket: int, prepared: Prepared, data: Data) -> tuple[Array, Array, Array, Array]:
+    """Item, time and features of each item's last training event or impression in a bucket; at one moment, the event's.
+
+    Histories may hold clicks alone: without impressions, items that were never clicked would be without features.
+    """
     t = Timelines.from_table(prepared.timelines(bucket))
     place = np.arange(len(t.h_item)) - np.repeat(t.h_offsets[:-1], np.diff(t.h_offsets))
-    training = np.flatnonzero(place < np.repeat(t.n_train, np.diff(t.h_offsets)))
-    item, time = t.h_item[training].astype(np.int64), t.h_time[training]
+    event = np.flatnonzero(place < np.repeat(t.n_train, np.diff(t.h_offsets)))
+    shown = np.flatnonzero(t.t_split == TRAIN)
+    item = np.concatenate([t.t_item[shown], t.h_item[event]]).astype(np.int64)
+    time = np.concatenate([t.t_time[shown], t.h_time[event]])
     order = np.lexsort((time, item))
-    last = training[order[np.flatnonzero(np.diff(item[order], append=-1))]]
-    return t.h_item[last].astype(np.int64), t.h_time[last], t.h_cat[last], t.h_num[last]
+    last = order[np.flatnonzero(np.diff(item[order], append=-1))]
+    told = [
+        np.concatenate(
+            [_as_events(data, kind, getattr(t, f"t_{kind}")[shown], missing), getattr(t, f"h_{kind}")[event]]
+        )
+        for kind, missing in KINDS
+    ]
+    return item[last], time[last], told[0][last], told[1][last]
+
+
+def _as_events(data: Data, kind: str, values: Array, missing: float) -> Array:
+    """Impressions' item features of a kind in the columns that events have: [P, F]; other features are missing."""
+    columns, own = features_of(data.features, "h_", kind), features_of(data.features, "t_", kind)
+    out = np.full((len(values), len(columns)), missing, values.dtype)
+    for place, feature in enumerate(columns):
+        if feature.role == "item":
+            out[:, place] = values[:, own.index(feature)]
+    return out
 
 
 def lacking_item_features(data: Data, given: Iterable[str]) -> list[Feature]:

@@ -97,12 +97,13 @@ class Run:
         manifest = self.prepared.manifest
         vocabulary, features = manifest["vocabulary"], manifest["features"]
         train = manifest["account"]["splits"]["train"]
-        categories = {k.removeprefix(FEATURE_PREFIX): n for k, n in vocabulary["categories"].items()}
+        counted = dict(vocabulary["categories"])
+        actions = counted.pop("action")  # a feature may be called that, too
         return Sizes(
             items=vocabulary["size"],
             first_item=vocabulary["size"] - vocabulary["items"],
-            actions=categories.pop("action"),
-            categories=categories,
+            actions=actions,
+            categories={k.removeprefix(FEATURE_PREFIX): n for k, n in counted.items()},
             h_cat=tuple(features["h_cat"]),
             h_num=tuple(features["h_num"]),
             t_cat=tuple(features["t_cat"]),

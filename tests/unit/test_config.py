@@ -124,6 +124,8 @@ DATES = {"by": "date", "validation_from": "2020-01-01", "test_from": "2020-02-01
         ({"data": {"history": [[{"column": "a", "value": [1]}]]}}, "lists go with in and not_in only"),
         ({"data": {"features": [{"name": "a", "column": c, "role": "item"} for c in "xy"]}},
          "data: feature names must differ, got ['a', 'a']"),
+        ({"data": {"columns": {"label": "y"}, "features": [{"name": "a", "column": "y", "role": "candidate"}]}},
+         "data: features ['a'] read the label's own column and would tell it"),
     ],
 )  # fmt: skip
 def test_contradictions_are_refused(raw: dict[str, Any], fault: str) -> None:

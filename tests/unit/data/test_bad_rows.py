@@ -8,10 +8,11 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from helpers_log import check_account, quarantined
+from helpers_log import check_account, quarantined, users
 
 from hpgr.data import sources
 from hpgr.data.preparation import Prepared
+from hpgr.errors import DataError
 
 T = 1_600_000_000
 Columns = dict[str, list[Any]]
@@ -64,6 +65,12 @@ def test_unreadable_time_text_is_quarantined(prepare_log: Make, log: Make, forma
     for row, text in bad.items():
         rows["timestamp"][row] = text
     check_account(prepare_log(rows, format), 50, [(row, "unreadable time") for row in bad])
+
+
+def test_a_log_of_unreadable_times_shows_one(prepare_log: Make, log: Make) -> None:
+    rows = log() | {"timestamp": [f"11/{k % 28 + 1:02}/2019 9:05:58 AM" for k in range(50)]}
+    with pytest.raises(DataError, match=r"50 unreadable time.* ISO 8601 .*The first is .*'11/01/2019 9:05:58 AM'"):
+        prepare_log(rows)
 
 
 def test_dates_beyond_the_calendar_are_quarantined(prepare_log: Make, log: Make) -> None:
@@ -141,6 +148,39 @@ def test_a_rule_asks_a_true_or_false_column_by_either_spelling(prepare_log: Make
     assert prepared.manifest["account"]["history_events"] == 25
 
 
+@pytest.mark.parametrize("nothing", [None, float("nan")])
+@pytest.mark.parametrize(
+    ("rule", "there"), [({"op": "is_null"}, 10), ({"op": "not_null"}, 40), ({"op": "!=", "value": 5}, 40),
+                        ({"op": "not_in", "value": [5.0]}, 40)],
+)  # fmt: skip
+def test_nan_is_null_to_rules(
+    prepare_log: Make, log: Make, capsys: pytest.CaptureFixture[str], nothing: Any, rule: dict[str, Any], there: int
+) -> None:
+    """Parquet may hold either; rows that this leaves without use are told."""
+    rows = pa.table(log()).append_column(
+        "dwell", pa.array([nothing if k < 10 else 2.0 for k in range(50)], pa.float64())
+    )
+    prepared = prepare_log(
+        rows, history=[[{"column": "dwell"} | rule]], impressions=[[{"column": "user_id", "value": "u1"}]]
+    )
+    assert prepared.manifest["account"]["history_events"] == there
+    unused = 40 - there + there // 5
+    assert prepared.manifest["account"]["unused"] == unused
+    assert f"prepare: {unused} row(s) are used for nothing" in capsys.readouterr().out
+
+
+def test_rows_of_lists_without_a_label_are_told(
+    prepare_log: Make, log: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = log() | {"page": [f"p{k // 5}" for k in range(50)]}
+    rows["clicked"][3] = rows["clicked"][13] = None
+    columns = {"label": "clicked", "request": ["page"]}
+    prepare_log(rows, columns=columns)
+    assert "prepare: 2 row(s) of lists have no label and so do not count as shown" in capsys.readouterr().out
+    prepare_log(rows, columns=columns, impressions=[[{"column": "page", "op": "not_null"}]])
+    assert "of lists have no label" not in capsys.readouterr().out
+
+
 def test_rule_over_missing_label_quarantines_nothing(prepare_log: Make, log: Make) -> None:
     rows = log() | {"clicked": [None if i % 10 == 0 else i % 2 for i in range(50)]}
     prepared = prepare_log(rows)
@@ -194,6 +234,15 @@ def test_ids_of_mixed_type_in_json_are_the_same_text(prepare_log: Make, log: Mak
     prepared = prepare_log(rows, "jsonl")
     check_account(prepared, 50, [])
     assert sorted(prepared.timelines(0).column("user").to_pylist()) == ["0", "1", "2", "3", "4"]
+
+
+def test_ids_beyond_64_bits_keep_their_digits_in_json(prepare_log: Make, log: Make) -> None:
+    """Arrow takes them, and the smaller ones beside them, for doubles."""
+    ids = [2**64 - 1, 2**63, 10**30 + 1, 5, 2**53 + 1]
+    rows = [row | {"user_id": ids[k % 5]} for k, row in enumerate(pa.table(log()).to_pylist())]
+    prepared = prepare_log(rows, "jsonl")
+    check_account(prepared, 50, [])
+    assert set(users(prepared)) == {str(i) for i in ids}
 
 
 def test_ids_that_look_like_dates_stay_text_in_json(prepare_log: Make, log: Make) -> None:

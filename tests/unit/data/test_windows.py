@@ -13,7 +13,7 @@ from hpgr.artifacts import Folder
 from hpgr.data.batches import Assembler, next_item_batch
 from hpgr.data.preparation import Prepared, in_process
 from hpgr.data.stream import build_index
-from hpgr.data.windows import Windows, query_windows, training_windows
+from hpgr.data.windows import Windows, next_item_windows, query_windows, training_windows
 from hpgr.schema import SPLITS, TRAIN, Batch, Timelines
 
 EARLY: list[dict[str, Any]] = [
@@ -119,6 +119,18 @@ def test_a_query_leaves_room_in_the_window_for_its_hidden_event(prepare_log: Mak
         (2, 5),
         (3, 6),
     ]
+
+
+def test_users_have_a_next_item_in_logs_that_begin_before_1970(prepare_log: Make, config: Make) -> None:
+    """Times may be relative, and below nought."""
+    rows = EARLY + page("x", "y") + page("z", second=20)
+    of_old = [row | {"timestamp": row["timestamp"] - T - 15} for row in rows]
+    found = []
+    for name, log, earliest in (("new", rows, "1990-01-01"), ("old", of_old, "1960-01-01")):
+        t = timelines(prepare_log(log, name=name, earliest=earliest, split=LEFT))
+        windows = [next_item_windows(t, config().stream, 0, SPLITS[s]) for s in ("validation", "test")]
+        found.append([(w.start.tolist(), w.stop.tolist()) for w in windows])
+    assert found[0] == found[1] == [([0], [3]), ([0], [5])]
 
 
 @pytest.mark.parametrize("price", range(6))

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpgr.model.base import visible_matches
-from hpgr.model.embedding import MATCH_COUNTS, MATCH_PLACES, EventEncoder, MatchFeatures
+from hpgr.model.embedding import MATCH_COUNTS, MATCH_PLACES, EventEncoder, Features, MatchFeatures
 from hpgr.model.inputs import unpad
 from hpgr.model.timing import LONGEST, time_before, time_bucket
 from hpgr.schema import SECOND
@@ -40,6 +40,12 @@ def test_time_before_is_that_of_the_last_visible_event() -> None:
     h_time = torch.tensor([[10, 20, 20, 30]])
     visible = torch.tensor([[0, 1, 3, 4]])
     assert time_before(h_time, visible).tolist() == [[10, 10, 20, 30]]
+
+
+def test_features_whose_names_are_alike_have_tables_of_their_own() -> None:
+    names = ("x.y", "x_y", "x_dy", "x._y", "x_.y")
+    features = Features(replace(SIZES, categories=dict.fromkeys(names, 7), h_cat=names, h_num=names, t_num=()), 4)
+    assert len(features.tables) == len(features.slopes) == len(features.missing) == len(names)
 
 
 @pytest.fixture
