@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hpgr.schema import Array
+from hpgr.schema import Array, Ints
 
 QUOTE, NEWLINE = b'"', b"\n"
 _AROUND = np.zeros(256, bool)
@@ -44,15 +44,21 @@ class Quotes:
 
     def _follow(self, data: Array) -> None:
         at = np.flatnonzero(data == QUOTE[0])
-        before = np.where(at > 0, data[at - 1], self._before)
-        after = np.where(at + 1 < len(data), data[np.minimum(at + 1, len(data) - 1)], NEWLINE[0])
         first = int(bool(self._open))  # the first quote that opens a value, if each is well placed
-        if _MAY_STAND[before[first::2]].all() and _MAY_STAND[after[1 - first :: 2]].all():
+        if _MAY_STAND[self._before_of(at[first::2], data)].all() and _MAY_STAND[_after(at[1 - first :: 2], data)].all():
             opened = (len(at) + first) % 2
             self._open = self._line + int(np.count_nonzero(data[: at[-1]] == NEWLINE[0])) if opened else 0
         else:
             lines = self._line + np.searchsorted(np.flatnonzero(data == NEWLINE[0]), at)
-            self._step(_AROUND[before].tolist(), after.tolist(), lines.tolist())
+            begins = _AROUND[self._before_of(at, data)]
+            self._step(begins.tolist(), _after(at, data).tolist(), lines.tolist())
+
+    def _before_of(self, at: Ints, data: Array) -> Array:
+        """The byte before each place of a piece."""
+        out = data[at - 1]
+        if len(at) and not at[0]:
+            out[0] = self._before
+        return out
 
     def _step(self, begins: list[bool], after: list[int], lines: list[int]) -> None:
         doubled = False
@@ -69,3 +75,10 @@ class Quotes:
                                       f"{line:,}, in the middle of a value")  # fmt: skip
                     return
                 self._open = 0
+
+
+def _after(at: Ints, data: Array) -> Array:
+    """The byte after each place of a piece; none may follow its last one but at the end of the file."""
+    if not len(at) or at[-1] + 1 < len(data):
+        return data[at + 1]
+    return np.append(data[at[:-1] + 1], NEWLINE[0])
