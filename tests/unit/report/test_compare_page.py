@@ -196,7 +196,7 @@ def test_a_comparison_of_failures_says_so() -> None:
     for part in ("No row has been tested", "no two tested rows", "the matrix asks for none", "No row has finished"):
         assert part in text
     assert "nan" not in text.lower().replace("loss is nan", "")
-    assert "no row has been tested" in compare_summary(full(models=[broken]), [])
+    assert "no row has an AUC: none was tested" in compare_summary(full(models=[broken]), [])
 
 
 def test_a_study_that_was_left_out_is_told() -> None:
