@@ -50,7 +50,7 @@ class Columns(Section):
     label: str | None = None
     """0/1 column, null = not a target; or the column that `data.label_rule` turns into 0/1."""
     action: str | None = None
-    """Kind of event (event type, rating), of a few. The label, where there is one, is always part of the action."""
+    """Kind of event (event type, rating), one of few. The label, where there is one, is always part of the action."""
     request: list[str] | None = None
     """Columns that together name the list an impression was shown in."""
     order: str | None = None

@@ -287,9 +287,7 @@ class Job:
         worst = ", ".join(f"{n:,} {r}" for r, n in reasons.most_common(4))
         if bad == rows or bad > self.data.max_quarantined * rows:
             first = next(s["first_bad"] for s in scans if s["first_bad"])
-            dates = (
-                " Dates as text are those of ISO 8601 (2024-01-31T08:00:00Z)." if "unreadable time" in reasons else ""
-            )
+            dates = " Dates as text are of ISO 8601 (2024-01-31T08:00:00Z)." if "unreadable time" in reasons else ""
             raise DataError(f"{bad:,} of {rows:,} rows cannot be used ({worst}); data.max_quarantined allows "
                             f"{self.data.max_quarantined:.0%}. Check data.columns and data.time_unit.{dates} The first "
                             f"is {first[:200]}; all are in {self.folder.uri}/quarantine")  # fmt: skip
@@ -343,7 +341,7 @@ class Job:
                      "data.history leaves them out")  # fmt: skip
         if unlabelled and self.data.impressions is None:
             self.say(f"prepare: {unlabelled:,} row(s) of lists have no label and so do not count as shown; if they "
-                     "were, say so by data.impressions: whole lists are told apart from parts of them")  # fmt: skip
+                     "were, say so by data.impressions, or whole lists will not score as in evaluation")  # fmt: skip
         return {
             "splits": {n: {"impressions": rows[n], "positives": positives[n]} for n in SPLIT_NAMES},
             "history_events": history,

@@ -248,7 +248,8 @@ def _read_csv(file: SourceFile, columns: list[str]) -> Iterator[tuple[pa.Table, 
                 yield pa.Table.from_batches([batch]), start
                 start += batch.num_rows
     except (OSError, pa.ArrowException) as error:
-        why = quotes.fault() or f"cannot be read as CSV near row {start}: {error}"
+        open_quote = quotes.fault() if "straddling" in str(error) else ""  # else what was read last may be half a value
+        why = open_quote or f"cannot be read as CSV near row {start}: {error}"
         raise DataError(f"{file.uri}: {why}") from None
     if fault := quotes.fault():
         raise DataError(f"{file.uri}: {fault}")
@@ -258,7 +259,7 @@ def _read_csv(file: SourceFile, columns: list[str]) -> Iterator[tuple[pa.Table, 
 
 def _csv_names(file: SourceFile) -> list[str]:
     def header() -> list[str]:
-        with _csv_reader(file, 1 << 20, pacsv.ConvertOptions(), lambda _: "skip") as reader:
+        with _csv_reader(file, 1 << 20, pacsv.ConvertOptions(), lambda _: "skip", Quotes()) as reader:
             return list(reader.schema.names)
 
     try:
@@ -271,12 +272,12 @@ def _csv_names(file: SourceFile) -> list[str]:
 
 @contextmanager
 def _csv_reader(
-    file: SourceFile, block: int, convert: Any, on_bad: Callable[[Any], str], quotes: Quotes | None = None
+    file: SourceFile, block: int, convert: Any, on_bad: Callable[[Any], str], quotes: Quotes
 ) -> Iterator[Any]:
     filesystem, path = resolve(file.uri)
     with filesystem.open_input_stream(path, compression="detect") as stream:
         yield pacsv.open_csv(
-            stream if quotes is None else _Watched(stream, quotes),
+            _Watched(stream, quotes),
             read_options=pacsv.ReadOptions(block_size=block, use_threads=False),
             parse_options=pacsv.ParseOptions(invalid_row_handler=on_bad, newlines_in_values=True),
             convert_options=convert,

@@ -23,6 +23,8 @@ OF_ITEMS, OF_NUMBERS = ("shown", "clicked", "history"), ("sum", "squares")
 """What is counted of items alone, and of numeric features alone."""
 ACTIONS = 500
 """Most kinds of events that training has room for: candidates count theirs of each kind."""
+ROUNDED = 1e-14
+"""Deviations of a constant from its mean, as a share of it: what rounding leaves."""
 MISSING, UNKNOWN = 0, 1
 """Category index of a null and of a value unseen in training; known values follow."""
 
@@ -232,4 +234,5 @@ def _moments(counts: pa.Table, field: str) -> tuple[float, float]:
     n = row[0]["count"] if row else 0
     if not n:
         return 0.0, 1.0
-    return row[0]["sum"] / n, (row[0]["squares"] / n) ** 0.5 or 1.0
+    mean, sd = row[0]["sum"] / n, (row[0]["squares"] / n) ** 0.5
+    return mean, sd if sd > ROUNDED * abs(mean) else 1.0

@@ -12,9 +12,6 @@ from hpgr.data.hashing import combine
 from hpgr.data.ordering import run_starts
 from hpgr.schema import TEST, Array, Ints, Timelines, ranges
 
-NEVER = np.iinfo(np.int64).max
-"""Later than any time of a log."""
-
 
 @dataclass(frozen=True)
 class Windows:
@@ -140,7 +137,7 @@ def next_item_windows(timelines: Timelines, stream: Stream, bucket: int, split: 
     seen = np.bincount(user[before], minlength=len(timelines))
     if one_out:
         seen = _held_out_places(timelines, split, seen)
-    row = np.flatnonzero((seen > 0) & (seen < np.diff(timelines.h_offsets)) & (begins < NEVER))
+    row = np.flatnonzero((seen > 0) & (seen < np.diff(timelines.h_offsets)))
     stop = seen[row]
     start, nothing = np.maximum(0, stop - (stream.window - 1)), np.zeros(len(row), np.int64)
     return _build(timelines, bucket, row, start, stop, nothing, nothing)
@@ -169,9 +166,9 @@ def _held_out_places(timelines: Timelines, split: int, otherwise: Ints) -> Ints:
 
 
 def split_begins(timelines: Timelines, split: int) -> Ints:
-    """Time of each user's first impression of the split: [U]; NEVER where there is none."""
+    """Time of each user's first impression of the split: [U]; later than any event where there is none."""
     user = np.repeat(np.arange(len(timelines)), np.diff(timelines.t_offsets))
-    begins = np.full(len(timelines), NEVER, np.int64)
+    begins = np.full(len(timelines), np.iinfo(np.int64).max)
     held = timelines.t_split == split
     np.minimum.at(begins, user[held], timelines.t_time[held])
     return begins

@@ -79,13 +79,16 @@ def _last_told(bucket: int, prepared: Prepared, data: Data) -> tuple[Array, Arra
     time = np.concatenate([t.t_time[shown], t.h_time[event]])
     order = np.lexsort((time, item))
     last = order[np.flatnonzero(np.diff(item[order], append=-1))]
-    told = [
-        np.concatenate(
-            [_as_events(data, kind, getattr(t, f"t_{kind}")[shown], missing), getattr(t, f"h_{kind}")[event]]
-        )
-        for kind, missing in KINDS
-    ]
-    return item[last], time[last], told[0][last], told[1][last]
+    of_event = last >= len(shown)
+    event, shown = event[last[of_event] - len(shown)], shown[last[~of_event]]
+    told = []
+    for kind, missing in KINDS:
+        of_events = getattr(t, f"h_{kind}")
+        values = np.empty((len(last), of_events.shape[1]), of_events.dtype)
+        values[of_event] = of_events[event]
+        values[~of_event] = _as_events(data, kind, getattr(t, f"t_{kind}")[shown], missing)
+        told.append(values)
+    return item[last], time[last], told[0], told[1]
 
 
 def _as_events(data: Data, kind: str, values: Array, missing: float) -> Array:

@@ -69,7 +69,7 @@ def test_unreadable_time_text_is_quarantined(prepare_log: Make, log: Make, forma
 
 def test_a_log_of_unreadable_times_shows_one(prepare_log: Make, log: Make) -> None:
     rows = log() | {"timestamp": [f"11/{k % 28 + 1:02}/2019 9:05:58 AM" for k in range(50)]}
-    with pytest.raises(DataError, match=r"50 unreadable time.* ISO 8601 .*The first is .*'11/01/2019 9:05:58 AM'"):
+    with pytest.raises(DataError, match=r"50 unreadable time.* of ISO 8601 .*The first is .*'11/01/2019 9:05:58 AM'"):
         prepare_log(rows)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from helpers_log import Make, T, one_user
 
@@ -57,6 +58,15 @@ def test_numbers_far_from_nought_are_told_apart(prepare_log: Make, offset: float
     mean, sd = prepared.vocabulary().moments["feature:at"]
     assert mean - offset == pytest.approx(trained.mean(), abs=1.0)
     assert sd == pytest.approx(trained.std(), rel=1e-4)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -1e-9, 1.7e15 + 0.3])
+def test_a_constant_is_not_told_apart_by_rounding(prepare_log: Make, value: float) -> None:
+    rows = [row | {"price": value} for u in range(40) for row in one_user(u + 3, f"u{u}")]
+    feature = {"name": "price", "column": "price", "role": "candidate", "kind": "numeric"}
+    words = prepare_log(rows, features=[feature], split={"by": "user_fraction"}).vocabulary()
+    assert np.abs(words.standardise("feature:price", pa.array([value]))).max() < 1e-6
+    assert words.moments["feature:price"][1] == 1.0
 
 
 def test_items_never_clicked_are_known_by_their_impressions(prepare_log: Make, config: Make) -> None:
