@@ -117,7 +117,8 @@ class Resources(Section):
     """Ray Train workers; 0 trains inside the driver, on CPUs. auto: one a GPU, without GPUs one a node; a trial or a
     cell has one."""
     gpu: bool | Auto = False
-    """One GPU a worker, nccl and bf16 autocast. auto: where the cluster has some."""
+    """One GPU a worker, nccl and bf16 autocast (float32 on GPUs before Ampere, which only emulate it). auto: where the
+    cluster has some."""
     cpus_per_worker: Positive | Auto | None = None
     """auto or null shares the cluster's CPUs, less some for data; a trial or a cell takes one."""
     data_workers: Count = 2

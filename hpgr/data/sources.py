@@ -148,12 +148,16 @@ def _digest(filesystem: pafs.FileSystem, info: pafs.FileInfo, uri: str) -> str:
 def fragments(files: Sequence[SourceFile], columns: Sequence[str]) -> list[Fragment]:
     """Cut files into pieces of about FRAGMENT_ROWS rows and check that their columns are there.
 
+    A CSV without a byte is a part that its writer had no rows for, and has no header to check.
+
     Raises:
         DataError: a file is cut short or of another format, or a column is missing or there twice.
     """
     out: list[Fragment] = []
     for index, file in enumerate(files):
         names = _column_names(file)
+        if names == []:
+            continue
         missing = [c for c in columns if c not in names] if names is not None else []
         if missing:
             raise DataError(f"{file.uri}: no column {', '.join(map(repr, missing))}; it has {', '.join(names or [])}; "
@@ -265,6 +269,8 @@ def _csv_names(file: SourceFile) -> list[str]:
     try:
         return asked_again(file.uri, header)
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        if "Empty CSV file" in str(error):
+            return []
         raise DataError(
             f"{file.uri}: cannot be read as CSV: {error}; a log needs a header line with column names"
         ) from None

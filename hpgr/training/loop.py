@@ -59,8 +59,9 @@ class Context:
         return LANES if self.device.type == "cuda" else 1
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """bf16 on a GPU, nothing on a CPU."""
-        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+        """bf16 on a GPU that computes in it; nothing on a CPU, and on GPUs before Ampere, which only emulate it."""
+        own = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.autocast("cuda", torch.bfloat16) if own else nullcontext()
 
 
 @dataclass

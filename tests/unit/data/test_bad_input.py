@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
 from helpers_log import check_account
@@ -181,7 +182,7 @@ def test_ending_that_tells_no_format_asks_for_one(refused: Make, write_log: Make
         ("csv", b"user_id,item_id,timestamp,clicked\n", "the log is empty: no row"),
         ("jsonl", b"\n \n", "the log is empty: no row"),
         ("parquet", b"", "not a whole Parquet file"),
-        ("csv", b"", "a log needs a header line with column names"),
+        ("csv", b"", "the log is empty: no row"),
         ("jsonl", b"", "the log is empty: no row"),
     ],
 )
@@ -190,6 +191,17 @@ def test_empty_log_is_refused(
 ) -> None:
     rows = pa.table(log()).slice(0, 0) if content is None else content
     assert wording in refused(write_log(rows, format))
+
+
+def test_parts_without_a_byte_add_nothing_and_stop_nothing(config: Make, tmp_path: Path, log: Make) -> None:
+    rows = pa.table(log())
+    pacsv.write_csv(rows, tmp_path / "part-1.csv")
+    for name in ("part-0.csv", "part-2.csv", "part-3.jsonl"):
+        (tmp_path / name).touch()
+    with gzip.open(tmp_path / "part-4.csv.gz", "wb"):
+        pass
+    prepared = prepare(config(data={"path": str(tmp_path)}), in_process, print)
+    check_account(prepared, rows.num_rows, [])
 
 
 @pytest.mark.parametrize("keep", [0.5, 0.99])

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -459,6 +460,15 @@ def test_the_rehearsed_batch_asks_what_the_stage_asks_and_fills_the_budget(stage
     assert (len(batch.t_item) > 0) == (stage == "stage2")
     each = stream.window * (2 if stage == "stage2" else 1)
     assert len(batch) == max(1, stream.batch_tokens // each)
+
+
+@pytest.mark.parametrize("major", [7, 8])
+def test_a_gpu_trains_in_bf16_that_it_does_not_emulate(major: int, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(major=major))
+    on_gpu = replace(context_of(run, "stage2"), device=torch.device("cuda"))
+    assert isinstance(on_gpu.autocast(), torch.autocast) == (major >= 8)
 
 
 def test_the_run_folder_is_enough(straight: tuple[Run, dict[str, Any], Any]) -> None:
