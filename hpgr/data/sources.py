@@ -6,6 +6,7 @@ import fnmatch
 import hashlib
 import io
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -32,6 +33,7 @@ BLOCK_BYTES = 16 << 20
 FRAGMENT_ROWS = 500_000
 TEXT_ROW_BYTES = 40
 ABSENT = {b"absent": b""}
+_ARRAY = re.compile(rb"\s*\[\s*\{")
 RAW_LINE = "unreadable_line"
 """Column that carries the text of a line no parser could read."""
 
@@ -311,6 +313,9 @@ def _read_jsonl(file: SourceFile, columns: list[str]) -> Iterator[tuple[pa.Table
     try:
         with filesystem.open_input_stream(path, compression="detect") as stream:
             while block := stream.read(BLOCK_BYTES):
+                if not start and not rest and _ARRAY.match(block):
+                    raise DataError(f"{file.uri}: holds an array of objects, expected an object a line; "
+                                    "jq -c '.[]' writes it so")  # fmt: skip
                 whole, newline, rest = (rest + block).rpartition(b"\n")
                 for table in _parse_lines(whole + newline, columns):
                     yield table, start

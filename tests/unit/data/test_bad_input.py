@@ -193,6 +193,13 @@ def test_empty_log_is_refused(
     assert wording in refused(write_log(rows, format))
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_array_of_events_asks_for_lines(refused: Make, write_log: Make, log: Make, indent: int | None) -> None:
+    text = json.dumps(pa.table(log()).to_pylist(), indent=indent)
+    message = refused(write_log(text.encode(), "json"))
+    assert "holds an array of objects, expected an object a line; jq -c '.[]' writes it so" in message
+
+
 def test_parts_without_a_byte_add_nothing_and_stop_nothing(config: Make, tmp_path: Path, log: Make) -> None:
     rows = pa.table(log())
     pacsv.write_csv(rows, tmp_path / "part-1.csv")
