@@ -17,7 +17,7 @@ from hpgr.model.embedding import Sizes, own_events
 from hpgr.model.inputs import Inputs
 from hpgr.model.noise import Dropout, Noise
 
-TABLES = ("asvd.past.weight", "asvd.candidate.weight", "asvd.bias.weight")
+TABLES = ("asvd.past.weight", "asvd.met.weight", "asvd.candidate.weight", "asvd.bias.weight")
 """Names of its tables of items in a click model."""
 PRIOR = 5.0
 """Impressions at the base rate that stand beside an item's own, or an action's, in what is usual of it."""
@@ -32,9 +32,11 @@ class AsymmetricSvd(nn.Module):
     """A logit beside the encoder's: Asymmetric-SVD (Koren 2008, section 4) over the visible past [D].
 
     Each event j of the history is worth r_j = value(action_j) - usual(item_j): how much better the user took the item
-    than its training click rate lets expect. With item factors p and q, and n visible events of other items than i,
+    than its training click rate lets expect. With item factors p, q and y, and n visible events of other items than i,
 
-        logit = bias_i + habit * sum_j r_j / (n + PRIOR) + p_i . sum_j r_j q_j / sqrt(n + 1).
+        logit = bias_i + habit * sum_j r_j / (n + PRIOR) + p_i . sum_j (r_j q_j + y_j) / sqrt(n + 1):
+
+    q says what liking an item tells of others, y what having met it does, however it was taken.
 
     It starts near the best scorer without a model, the click rates of item and user, as from nought a log of few steps
     would not get there. Biases start at the log-odds of the items' training click rates over those of the base rate,
@@ -43,7 +45,7 @@ class AsymmetricSvd(nn.Module):
     HABIT. Where histories leave out what was not clicked, they do not tell how much a user clicks, and habit starts at
     nought.
 
-    Events of the very item are left out: what is usual of it was counted over training impressions, the one to learn
+    The r_j of the very item are left out: what is usual of it was counted over training impressions, the one to learn
     from among them, and would tell its label. The match features tell how the user took the item before.
 
     PGSA asks which past events are like the candidate and drops the rest; here all of them count, each a little, at a
@@ -60,13 +62,14 @@ class AsymmetricSvd(nn.Module):
         super().__init__()
         self.sizes = sizes
         self.past = nn.Embedding(sizes.items, config.factors)
+        self.met = nn.Embedding(sizes.items, config.factors)
         self.candidate = nn.Embedding(sizes.items, config.factors)
         self.bias = nn.Embedding(sizes.items, 1)
-        maps = [nn.Linear(vectors, config.factors, bias=False) for _ in range(2 if vectors else 0)]
+        maps = [nn.Linear(vectors, config.factors, bias=False) for _ in range(3 if vectors else 0)]
         for each in maps:
             nn.init.normal_(each.weight, std=BY_VECTOR)
         self.maps = nn.ModuleList(maps)
-        for table in (self.past, self.candidate):
+        for table in (self.past, self.met, self.candidate):
             nn.init.normal_(table.weight, std=STD)
         nn.init.zeros_(self.bias.weight)
         self.value = nn.Parameter(torch.from_numpy(sizes.action_rates(PRIOR)))
@@ -88,13 +91,14 @@ class AsymmetricSvd(nn.Module):
     def forward(self, x: Inputs, vectors: tuple[Tensor, Tensor] | None, noise: Noise | None) -> Tensor:
         """Logits to add to the candidates': [B, M]. `vectors` are the candidates' and the history's, [B, M, D] and
         [B, N, D]."""
-        own, itself, past = GAIN * self.candidate(x.c_item), GAIN * self.past(x.c_item), GAIN * self.past(x.h_item)
+        own, itself = GAIN * self.candidate(x.c_item), GAIN * self.past(x.c_item)
+        past, met = GAIN * self.past(x.h_item), GAIN * self.met(x.h_item)
         if vectors is not None:
-            of_candidate, of_event = self.maps
+            of_candidate, of_event, of_met = self.maps
             own, itself = own + of_candidate(vectors[0]), itself + of_event(vectors[0])
-            past = past + of_event(vectors[1])
+            past, met = past + of_event(vectors[1]), met + of_met(vectors[1])
         beyond = self.value[x.h_action] - self.usual[x.h_item]
-        events = beyond[..., None] * F.pad(past, (1, 0), value=1.0)
+        events = beyond[..., None] * F.pad(past, (1, 0), value=1.0) + F.pad(met, (1, 0))
         upto = F.pad(events.cumsum(1), (0, 0, 1, 0))
         rows = torch.arange(upto.shape[0], device=upto.device)[:, None]
         done = _actions_on_itself(x, len(self.value))

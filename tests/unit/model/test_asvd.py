@@ -28,19 +28,20 @@ def made(vectors: int = 0) -> AsymmetricSvd:
 
 @pytest.mark.parametrize("width", [0, 8])
 def test_it_equals_the_loop(width: int) -> None:
-    """Koren's sum over the visible past of other items in plain Python; without a past the item's bias is left."""
+    """Koren's sums over the visible past in plain Python; without a past the item's bias is left."""
     x, asvd, vectors = inputs(random_batch(3, 12, 6, seed=1)), made(width), torch.randn(SIZES.items, width)
     x.c_visible[0, 0] = 0
     with torch.no_grad():
-        own, taken = (
+        own, taken, met = (
             GAIN * table.weight + (vectors @ asvd.maps[i].weight.T if width else 0)
-            for i, table in enumerate((asvd.candidate, asvd.past))
+            for i, table in enumerate((asvd.candidate, asvd.past, asvd.met))
         )
         got, past, itself = asvd(x, (vectors[x.c_item], vectors[x.h_item]) if width else None, None), set(), 0
         for b in range(3):
             for m in range(6):
                 seen, item = int(x.c_visible[b, m]), x.c_item[b, m]
-                habit, taste, others = 0.0, torch.zeros(5), [j for j in range(seen) if x.h_item[b, j] != item]
+                habit, others = 0.0, [j for j in range(seen) if x.h_item[b, j] != item]
+                taste = met[x.h_item[b, :seen]].sum(0)
                 n = len(others)
                 for j in others:
                     beyond = float(asvd.value[x.h_action[b, j]] - asvd.usual[x.h_item[b, j]])
