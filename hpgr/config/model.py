@@ -56,7 +56,7 @@ class Sem(Section):
 
 class Asvd(Section):
     factors: Natural = 64
-    """Numbers an item has in it, three times; 0 leaves it out."""
+    """Numbers an item has in it, twice, on logs of ratings three times; 0 leaves it out."""
     dropout: Share = 0.7
     """Dropout of the products of two items' factors; small logs of ratings want more."""
     baselines: bool = False

@@ -17,7 +17,7 @@ from hpgr.model.embedding import Sizes, own_events
 from hpgr.model.inputs import Inputs
 from hpgr.model.noise import Dropout, Noise
 
-TABLES = ("asvd.past.weight", "asvd.met.weight", "asvd.candidate.weight", "asvd.bias.weight")
+TABLES = ("asvd.past.weight", "asvd.met.own.weight", "asvd.candidate.weight", "asvd.bias.weight")
 """Names of its tables of items in a click model."""
 PRIOR = 5.0
 """Impressions at the base rate that stand beside an item's own, or an action's, in what is usual of it."""
@@ -36,7 +36,9 @@ class AsymmetricSvd(nn.Module):
 
         logit = bias_i + habit * sum_j r_j / (n + PRIOR) + p_i . sum_j (r_j q_j + y_j) / sqrt(n + 1):
 
-    q says what liking an item tells of others, y what having met it does, however it was taken.
+    q says what liking an item tells of others, y what having met it does, however it was taken. There is y only where
+    actions tell more than the label, as ratings do: who rates an item has chosen it, while what is shown and clicked or
+    not the site chose, and y learns its lists by heart.
 
     It starts near the best scorer without a model, the click rates of item and user, as from nought a log of few steps
     would not get there. Biases start at the log-odds of the items' training click rates over those of the base rate,
@@ -62,15 +64,15 @@ class AsymmetricSvd(nn.Module):
         super().__init__()
         self.sizes = sizes
         self.past = nn.Embedding(sizes.items, config.factors)
-        self.met = nn.Embedding(sizes.items, config.factors)
         self.candidate = nn.Embedding(sizes.items, config.factors)
         self.bias = nn.Embedding(sizes.items, 1)
-        maps = [nn.Linear(vectors, config.factors, bias=False) for _ in range(3 if vectors else 0)]
+        maps = [nn.Linear(vectors, config.factors, bias=False) for _ in range(2 if vectors else 0)]
         for each in maps:
             nn.init.normal_(each.weight, std=BY_VECTOR)
         self.maps = nn.ModuleList(maps)
-        for table in (self.past, self.met, self.candidate):
+        for table in (self.past, self.candidate):
             nn.init.normal_(table.weight, std=STD)
+        self.met = Met(sizes.items, config.factors, vectors) if sizes.graded else None
         nn.init.zeros_(self.bias.weight)
         self.value = nn.Parameter(torch.from_numpy(sizes.action_rates(PRIOR)))
         slope = 1 / (sizes.base_rate * (1 - sizes.base_rate))
@@ -92,13 +94,15 @@ class AsymmetricSvd(nn.Module):
         """Logits to add to the candidates': [B, M]. `vectors` are the candidates' and the history's, [B, M, D] and
         [B, N, D]."""
         own, itself = GAIN * self.candidate(x.c_item), GAIN * self.past(x.c_item)
-        past, met = GAIN * self.past(x.h_item), GAIN * self.met(x.h_item)
+        past = GAIN * self.past(x.h_item)
         if vectors is not None:
-            of_candidate, of_event, of_met = self.maps
+            of_candidate, of_event = self.maps
             own, itself = own + of_candidate(vectors[0]), itself + of_event(vectors[0])
-            past, met = past + of_event(vectors[1]), met + of_met(vectors[1])
+            past = past + of_event(vectors[1])
         beyond = self.value[x.h_action] - self.usual[x.h_item]
-        events = beyond[..., None] * F.pad(past, (1, 0), value=1.0) + F.pad(met, (1, 0))
+        events = beyond[..., None] * F.pad(past, (1, 0), value=1.0)
+        if self.met is not None:
+            events = events + F.pad(self.met(x.h_item, None if vectors is None else vectors[1]), (1, 0))
         upto = F.pad(events.cumsum(1), (0, 0, 1, 0))
         rows = torch.arange(upto.shape[0], device=upto.device)[:, None]
         done = _actions_on_itself(x, len(self.value))
@@ -109,6 +113,22 @@ class AsymmetricSvd(nn.Module):
         likeness = self.dropout(own * taste, noise, stream=1).sum(-1, keepdim=True)
         out = self.bias(x.c_item) + self.habit * habit / (n + PRIOR) + likeness / (n + 1).sqrt()
         return out[..., 0].float()
+
+
+class Met(nn.Module):
+    """The factors y of items that a user met: an item's own, plus a map of its vector. They start at nought."""
+
+    def __init__(self, items: int, factors: int, vectors: int) -> None:
+        super().__init__()
+        self.own = nn.Embedding(items, factors)
+        self.map = nn.Linear(vectors, factors, bias=False) if vectors else None
+        for weight in self.parameters():
+            nn.init.zeros_(weight)
+
+    def forward(self, item: Tensor, vectors: Tensor | None) -> Tensor:
+        """[B, N] and [B, N, D] -> [B, N, F]."""
+        out: Tensor = GAIN * self.own(item)
+        return out if self.map is None else out + self.map(vectors)
 
 
 def _actions_on_itself(x: Inputs, actions: int) -> Tensor:

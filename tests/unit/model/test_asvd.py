@@ -11,31 +11,39 @@ import torch
 from helpers_model import SIZES, inputs, random_batch, shaken, tiny
 
 from hpgr.config import Asvd
-from hpgr.model.asvd import GAIN, HABIT, PRIOR, AsymmetricSvd
+from hpgr.model.asvd import GAIN, HABIT, PRIOR, TABLES, AsymmetricSvd
+from hpgr.model.embedding import Sizes
 from hpgr.model.noise import Noise, number_sites
 from hpgr.model.registry import click_model
 from hpgr.schema import NO_ACTION
 
 CATALOGUE = SIZES.items - SIZES.first_item
+CLICKS = replace(SIZES, train_actions=((0, 0, 50, 0, 0), (0, 0, 0, 70, 0)))
 
 
-def made(vectors: int = 0) -> AsymmetricSvd:
+def made(vectors: int = 0, sizes: Sizes = SIZES) -> AsymmetricSvd:
     torch.manual_seed(0)
-    out = shaken(AsymmetricSvd(Asvd(factors=5, dropout=0.5), SIZES, vectors))
+    out = shaken(AsymmetricSvd(Asvd(factors=5, dropout=0.5), sizes, vectors))
     out.know_items(pa.table({"clicked": [3] * CATALOGUE, "shown": range(3, 3 + CATALOGUE)}))
     return out
 
 
+@pytest.mark.parametrize("sizes", [SIZES, CLICKS], ids=["ratings", "clicks"])
 @pytest.mark.parametrize("width", [0, 8])
-def test_it_equals_the_loop(width: int) -> None:
+def test_it_equals_the_loop(width: int, sizes: Sizes) -> None:
     """Koren's sums over the visible past in plain Python; without a past the item's bias is left."""
-    x, asvd, vectors = inputs(random_batch(3, 12, 6, seed=1)), made(width), torch.randn(SIZES.items, width)
+    x, asvd, vectors = inputs(random_batch(3, 12, 6, seed=1)), made(width, sizes), torch.randn(SIZES.items, width)
+    none = torch.zeros(SIZES.items, 5)
     x.c_visible[0, 0] = 0
     with torch.no_grad():
-        own, taken, met = (
+        own, taken = (
             GAIN * table.weight + (vectors @ asvd.maps[i].weight.T if width else 0)
-            for i, table in enumerate((asvd.candidate, asvd.past, asvd.met))
+            for i, table in enumerate((asvd.candidate, asvd.past))
         )
+        met, known = none, asvd.met
+        if known is not None:
+            met = GAIN * known.own.weight + (0 if known.map is None else vectors @ known.map.weight.T)
+        assert met.any() == sizes.graded
         got, past, itself = asvd(x, (vectors[x.c_item], vectors[x.h_item]) if width else None, None), set(), 0
         for b in range(3):
             for m in range(6):
@@ -102,6 +110,13 @@ def test_biases_start_at_the_items_click_rates() -> None:
     assert len(set(start.tolist())) == 4
 
 
+def test_what_was_met_counts_for_nothing_at_the_start() -> None:
+    x, vectors = inputs(random_batch(3, 12, 6, seed=1)), torch.randn(SIZES.items, 8)
+    compared, asvd = (vectors[x.c_item], vectors[x.h_item]), AsymmetricSvd(Asvd(), SIZES, 8)
+    start, asvd.met = asvd(x, compared, None), None
+    assert torch.equal(start, asvd(x, compared, None))
+
+
 def test_an_action_is_worth_its_click_rate_at_the_start() -> None:
     asvd = AsymmetricSvd(Asvd(), SIZES, 0)
     for action in range(SIZES.actions):
@@ -118,6 +133,12 @@ def test_dropout_takes_products_while_training() -> None:
     assert torch.equal(first, again)
     assert not torch.allclose(first, other)
     assert torch.equal(asvd.eval()(x, None, noises[0]), asvd(x, None, None))
+
+
+def test_its_tables_are_known_by_name() -> None:
+    """Else they would be updated whole, and learn at the rate of all else."""
+    named = click_model(tiny(), SIZES).named_parameters()
+    assert {n for n, p in named if n.startswith("asvd") and p.shape[:1] == (SIZES.items,)} == set(TABLES)
 
 
 def test_hpgr_has_it_on_every_log() -> None:
