@@ -128,7 +128,7 @@ class Met(nn.Module):
     def forward(self, item: Tensor, vectors: Tensor | None) -> Tensor:
         """[B, N] and [B, N, D] -> [B, N, F]."""
         out: Tensor = GAIN * self.own(item)
-        return out if self.map is None else out + self.map(vectors)
+        return out if vectors is None or self.map is None else out + self.map(vectors)
 
 
 def _actions_on_itself(x: Inputs, actions: int) -> Tensor:
