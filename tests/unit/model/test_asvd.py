@@ -110,13 +110,6 @@ def test_biases_start_at_the_items_click_rates() -> None:
     assert len(set(start.tolist())) == 4
 
 
-def test_what_was_met_counts_for_nothing_at_the_start() -> None:
-    x, vectors = inputs(random_batch(3, 12, 6, seed=1)), torch.randn(SIZES.items, 8)
-    compared, asvd = (vectors[x.c_item], vectors[x.h_item]), AsymmetricSvd(Asvd(), SIZES, 8)
-    start, asvd.met = asvd(x, compared, None), None
-    assert torch.equal(start, asvd(x, compared, None))
-
-
 def test_an_action_is_worth_its_click_rate_at_the_start() -> None:
     asvd = AsymmetricSvd(Asvd(), SIZES, 0)
     for action in range(SIZES.actions):
