@@ -36,9 +36,11 @@ Ask = Callable[..., tuple[dict[str, Any], pa.Table]]
 def finished_run(root: Path, **over: Any) -> Finished:
     """A run folder under `root` with shaken weights in place of trained ones; timelines outgrow its window.
 
-    Actions are devices, several to a label, so its click model has all that reads graded ones.
+    Actions are devices, several to a label, so its click model has all that reads graded ones. Few factors, as products
+    of many shaken ones make all scores 0 or 1.
     """
-    config = log_config(root, **merged({"data": {"columns": {"action": "device"}}}, over))
+    base = {"data": {"columns": {"action": "device"}}, "model": {"asvd": {"factors": 4}}}
+    config = log_config(root, **merged(base, over))
     run = make_run(config, root / "run")
     run.folder.write_json("run.json", {"format": FORMAT, "config": dump(config)})
     torch.manual_seed(0)

@@ -170,7 +170,7 @@ class Data(Section):
     """Turns `columns.label` into 0/1; null: it is 0/1 already."""
     impressions: list[list[Rule]] | None = None
     """Rows that are stage 2 targets: any group whose rules all hold. Null: every row with a label."""
-    history: Annotated[list[list[Rule]], Field(min_length=1)] | None = None
+    history: list[list[Rule]] | None = None
     """Rows that enter the history, in the same form. Null: every row."""
     features: list[Feature] = Field(default=[])
     """Further columns the model reads."""
