@@ -72,7 +72,7 @@ class AsymmetricSvd(nn.Module):
         self.maps = nn.ModuleList(maps)
         for table in (self.past, self.candidate):
             nn.init.normal_(table.weight, std=STD)
-        self.met = Met(sizes.items, config.factors, vectors) if sizes.graded else None
+        self.met = Met(config, sizes, vectors) if sizes.graded else None
         nn.init.zeros_(self.bias.weight)
         self.value = nn.Parameter(torch.from_numpy(sizes.action_rates(PRIOR)))
         slope = 1 / (sizes.base_rate * (1 - sizes.base_rate))
@@ -101,8 +101,6 @@ class AsymmetricSvd(nn.Module):
             past = past + of_event(vectors[1])
         beyond = self.value[x.h_action] - self.usual[x.h_item]
         events = beyond[..., None] * F.pad(past, (1, 0), value=1.0)
-        if self.met is not None:
-            events = events + F.pad(self.met(x.h_item, None if vectors is None else vectors[1]), (1, 0))
         upto = F.pad(events.cumsum(1), (0, 0, 1, 0))
         rows = torch.arange(upto.shape[0], device=upto.device)[:, None]
         done = _actions_on_itself(x, len(self.value))
@@ -111,28 +109,35 @@ class AsymmetricSvd(nn.Module):
         seen = upto[rows, x.c_visible] - same * F.pad(itself, (1, 0), value=1.0)
         n, habit, taste = (x.c_visible - times)[..., None], seen[..., :1], seen[..., 1:]
         likeness = self.dropout(own * taste, noise, stream=1).sum(-1, keepdim=True)
+        if self.met is not None:
+            likeness = likeness + self.met(own, x, None if vectors is None else vectors[1], noise)
         out = self.bias(x.c_item) + self.habit * habit / (n + PRIOR) + likeness / (n + 1).sqrt()
         return out[..., 0].float()
 
 
 class Met(nn.Module):
-    """The factors y of items that a user met: an item's own, plus a map of its vector.
+    """p_i . sum_j y_j: what the items that a user met tell of a candidate, however they were taken.
 
-    They start spread as the others do: from nought they gain nothing on ml-1m.
+    Factors y are an item's own, plus a map of its vector. Products are dropped apart from those of tastes.
     """
 
-    def __init__(self, items: int, factors: int, vectors: int) -> None:
+    def __init__(self, config: Asvd, sizes: Sizes, vectors: int) -> None:
         super().__init__()
-        self.own = nn.Embedding(items, factors)
-        self.map = nn.Linear(vectors, factors, bias=False) if vectors else None
+        self.own = nn.Embedding(sizes.items, config.factors)
+        self.map = nn.Linear(vectors, config.factors, bias=False) if vectors else None
+        self.dropout = Dropout(config.dropout)
         nn.init.normal_(self.own.weight, std=STD)
         if self.map is not None:
             nn.init.normal_(self.map.weight, std=BY_VECTOR)
 
-    def forward(self, item: Tensor, vectors: Tensor | None) -> Tensor:
-        """[B, N] and [B, N, D] -> [B, N, F]."""
-        out: Tensor = GAIN * self.own(item)
-        return out if vectors is None or self.map is None else out + self.map(vectors)
+    def forward(self, candidate: Tensor, x: Inputs, vectors: Tensor | None, noise: Noise | None) -> Tensor:
+        """Factors p of the candidates, [B, M, F], and the history's vectors, [B, N, D] -> [B, M, 1]."""
+        past = GAIN * self.own(x.h_item)
+        if vectors is not None and self.map is not None:
+            past = past + self.map(vectors)
+        upto = F.pad(past.cumsum(1), (0, 0, 1, 0))
+        rows = torch.arange(upto.shape[0], device=upto.device)[:, None]
+        return self.dropout(candidate * upto[rows, x.c_visible], noise, stream=1).sum(-1, keepdim=True)
 
 
 def _actions_on_itself(x: Inputs, actions: int) -> Tensor:
