@@ -101,12 +101,10 @@ class AsymmetricSvd(nn.Module):
             past = past + of_event(vectors[1])
         beyond = self.value[x.h_action] - self.usual[x.h_item]
         events = beyond[..., None] * F.pad(past, (1, 0), value=1.0)
-        upto = F.pad(events.cumsum(1), (0, 0, 1, 0))
-        rows = torch.arange(upto.shape[0], device=upto.device)[:, None]
         done = _actions_on_itself(x, len(self.value))
         times = done.sum(-1)
         same = ((done * self.value).sum(-1) - times * self.usual[x.c_item])[..., None]
-        seen = upto[rows, x.c_visible] - same * F.pad(itself, (1, 0), value=1.0)
+        seen = _summed(events, x.c_visible) - same * F.pad(itself, (1, 0), value=1.0)
         n, habit, taste = (x.c_visible - times)[..., None], seen[..., :1], seen[..., 1:]
         likeness = self.dropout(own * taste, noise, stream=1).sum(-1, keepdim=True)
         if self.met is not None:
@@ -135,9 +133,13 @@ class Met(nn.Module):
         past = GAIN * self.own(x.h_item)
         if vectors is not None and self.map is not None:
             past = past + self.map(vectors)
-        upto = F.pad(past.cumsum(1), (0, 0, 1, 0))
-        rows = torch.arange(upto.shape[0], device=upto.device)[:, None]
-        return self.dropout(candidate * upto[rows, x.c_visible], noise, stream=1).sum(-1, keepdim=True)
+        return self.dropout(candidate * _summed(past, x.c_visible), noise, stream=1).sum(-1, keepdim=True)
+
+
+def _summed(events: Tensor, visible: Tensor) -> Tensor:
+    """Sums over the events that candidates see: [B, N, C], [B, M] -> [B, M, C]."""
+    upto = F.pad(events.cumsum(1), (0, 0, 1, 0))
+    return upto[torch.arange(upto.shape[0], device=upto.device)[:, None], visible]
 
 
 def _actions_on_itself(x: Inputs, actions: int) -> Tensor:
