@@ -52,6 +52,9 @@ class Sem(Section):
     where we tried."""
     in_stage2: bool = True
     """Carry the SEM into stage 2; both its branches are gated from zero there."""
+    user_vector: bool = True
+    """Make a vector of the user of what the SEM says in stage 2, and add to the encoder's logit its dot product with
+    the candidate's vector, the one that chooses anchors."""
 
 
 class Asvd(Section):
@@ -85,8 +88,8 @@ class Din(Section):
 class Model(Section):
     name: Literal["hpgr", "hstu", "mtgr", "din", "logistic"] = "hpgr"
     """The click model of stage 2. The sections `pgsa`, `asvd` and `lists` (the last two unless their `baselines` is
-    true), and `sem.in_stage2`, belong to hpgr alone; the others attend densely to the flat history. Any of them can
-    start from stage 1: its event tokens are alike in all."""
+    true), `sem.in_stage2` and `sem.user_vector` belong to hpgr alone; the others attend densely to the flat history.
+    Any of them can start from stage 1: its event tokens are alike in all."""
     width: Annotated[int, Field(ge=4)] = 64
     """Width of all token vectors; a multiple of `heads`."""
     heads: Count = 2

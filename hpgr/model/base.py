@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -98,16 +98,19 @@ class ItemModel(nn.Module):
 
 @dataclass(frozen=True)
 class Past:
-    """Encoded histories: what each layer shows of them to candidates (tensors whose first axis is B), and the item
-    vectors [B, N, D] that choose anchors (None: nothing is chosen)."""
+    """Encoded histories: what each layer shows of them to candidates (tensors whose first axis is B), the item vectors
+    [B, N, D] that choose anchors (None: nothing is chosen), and the user's vector after each event, [B, N, D] (None: a
+    model without it)."""
 
     shown: Iterable[tuple[Tensor, ...]]
     vectors: Tensor | None = None
+    users: Tensor | None = None
 
     def rows(self, index: Tensor) -> Past:
         """These rows, repeated or not."""
         shown = [tuple(t[index] for t in layer) for layer in self.shown]
-        return Past(shown, None if self.vectors is None else self.vectors[index])
+        vectors, users = (None if t is None else t[index] for t in (self.vectors, self.users))
+        return Past(shown, vectors, users)
 
 
 class ClickModel(nn.Module):
@@ -154,7 +157,7 @@ class ClickModel(nn.Module):
     def encode(self, x: Inputs) -> Past:
         """What any number of candidates read of the histories of a batch; its own candidates play no part."""
         past = self.past(x, None)
-        return Past(list(past.shown), past.vectors)
+        return replace(past, shown=list(past.shown))
 
     def past(self, x: Inputs, noise: Noise | None) -> Past:
         """`encode` with dropout; layers may be made as they are read, so that both streams go through one before
@@ -236,15 +239,16 @@ class TokenClick(ClickModel):
         """
         if not (self.training and self.action_weight):
             return super().forward(x, noise)
-        encoded = self.encoded(self.past(x, noise), x, noise)
-        output = click_output(self.click(encoded, x, noise), x)
+        past = self.past(x, noise)
+        encoded = self.encoded(past, x, noise)
+        output = click_output(self.click(encoded, past, x, noise), x)
         action = torch.where(x.c_real & (x.c_label >= 0), x.c_action, NO_ACTION)
         logits = self.action_head(encoded).float()
         loss = F.cross_entropy(logits.flatten(0, 1), action.flatten(), ignore_index=NO_ACTION, reduction="sum")
         return output._replace(loss=output.loss + self.action_weight * loss)
 
     def read(self, past: Past, x: Inputs, noise: Noise | None = None, shares: list[Tensor] | None = None) -> Tensor:
-        return self.click(self.encoded(past, x, noise, shares), x, noise)
+        return self.click(self.encoded(past, x, noise, shares), past, x, noise)
 
     def encoded(self, past: Past, x: Inputs, noise: Noise | None, shares: list[Tensor] | None = None) -> Tensor:
         """Candidates after all layers: [B, M, D]. Other arguments as of `read`."""
@@ -254,7 +258,7 @@ class TokenClick(ClickModel):
         if self.asvd is not None:
             self.asvd.know_items(items)
 
-    def click(self, encoded: Tensor, x: Inputs, noise: Noise | None) -> Tensor:
+    def click(self, encoded: Tensor, past: Past, x: Inputs, noise: Noise | None) -> Tensor:
         """Encoded candidates [B, M, D] -> logits of a click [B, M]."""
         logits = self.head(encoded)[..., 0].float()
         return logits if self.asvd is None else logits + self.asvd(x, self.compared(x), noise)

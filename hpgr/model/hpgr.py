@@ -18,6 +18,7 @@ from hpgr.model.pgsa import select_anchors, visible_mask
 from hpgr.model.preference import PreferenceFeatures, nearest, relevance_of
 from hpgr.model.relation import Queries, Relation, fuses, keep, relate, relate_sparsely, sessions_of, sparse_weights
 from hpgr.model.sem import Sem
+from hpgr.model.user_vector import UserVector, matched
 
 
 class HstuClick(TokenClick):
@@ -30,12 +31,13 @@ class HstuClick(TokenClick):
 
     def past(self, x: Inputs, noise: Noise | None) -> Past:
         vectors = self.history_vectors(x)
-        return Past(self._shown(x, vectors, noise), vectors)
+        tokens, users = self.history(x, noise)
+        return Past(self._shown(tokens, x, vectors, noise), vectors, users)
 
-    def _shown(self, x: Inputs, vectors: Tensor | None, noise: Noise | None) -> Iterator[KeyValue]:
+    def _shown(self, tokens: Tensor, x: Inputs, vectors: Tensor | None, noise: Noise | None) -> Iterator[KeyValue]:
         sparse = vectors if self.config.pgsa.scope == "all" else None
         relation = self._relation(x, Queries(x.h_item, x.h_time, x.h_visible), sparse, sparse, self.config.pgsa.impl)
-        return self.encoder.encode(self.history(x, noise), relation, noise)
+        return self.encoder.encode(tokens, relation, noise)
 
     def encoded(self, past: Past, x: Inputs, noise: Noise | None, shares: list[Tensor] | None = None) -> Tensor:
         """As in `TokenClick`; shares are of all events, so where they are wanted the reference attends."""
@@ -49,9 +51,9 @@ class HstuClick(TokenClick):
         """What candidates carry beside their item: [B, M, D], or nothing. `anchors` as in `Relation`."""
         return 0.0
 
-    def history(self, x: Inputs, noise: Noise | None) -> Tensor:
-        """History tokens as they enter the encoder: [B, N, D]."""
-        return self.events.history(x, noise)
+    def history(self, x: Inputs, noise: Noise | None) -> tuple[Tensor, Tensor | None]:
+        """History tokens as they enter the encoder, and the user's vector after each if it is made: [B, N, D] each."""
+        return self.events.history(x, noise), None
 
     def history_vectors(self, x: Inputs) -> Tensor | None:
         """Vectors of the histories' items that choose anchors, [B, N, D]; None for dense attention."""
@@ -82,6 +84,7 @@ class HpgrClick(HstuClick):
         if self.sem is not None:
             self.gate_intra = nn.Parameter(torch.zeros(model.width))
             self.gate_inter = nn.Parameter(torch.zeros(model.width))
+        self.user = UserVector(model) if self.sem is not None and model.sem.user_vector and model.by_vectors else None
         count = model.pgsa.summaries
         self.preference = PreferenceFeatures(count, sizes.actions, model.width) if count else None
         frozen = model.by_vectors and model.pgsa.anchors == "frozen"
@@ -101,13 +104,20 @@ class HpgrClick(HstuClick):
         if len(self.anchor_table):
             self.anchor_table.copy_(F.normalize(stage1[ITEM_TABLE], dim=-1) * self.trust)
 
-    def history(self, x: Inputs, noise: Noise | None) -> Tensor:
-        """History tokens after the SEM in its causal form, both branches gated from zero [D]: [B, N, D]."""
+    def history(self, x: Inputs, noise: Noise | None) -> tuple[Tensor, Tensor | None]:
+        """As in `HstuClick`: tokens after the SEM in its causal form, both its branches gated from zero [D]."""
         tokens = self.events.history(x, noise)
         if self.sem is None:
-            return tokens
+            return tokens, None
         intra, context = self.sem(tokens, x, noise, torch.ones_like(x.causal))
-        return tokens + torch.tanh(self.gate_intra) * (intra - tokens) + torch.tanh(self.gate_inter) * context
+        users = None if self.user is None else self.user(intra, context, noise)
+        return tokens + torch.tanh(self.gate_intra) * (intra - tokens) + torch.tanh(self.gate_inter) * context, users
+
+    def click(self, encoded: Tensor, past: Past, x: Inputs, noise: Noise | None) -> Tensor:
+        logits = super().click(encoded, past, x, noise)
+        if past.users is None:
+            return logits
+        return logits + matched(self.anchor_vectors(x.c_item), past.users, x.c_visible)
 
     def summaries(self, past: Past, x: Inputs, anchors: tuple[Tensor, Tensor] | None) -> Tensor | float:
         """What the user did with the candidates' anchors: [B, M, D]."""

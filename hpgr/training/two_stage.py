@@ -269,7 +269,8 @@ def stage_key(config: Config, prepared: Prepared, stage: str) -> str:
         others = [name for kind, names in OF_OBJECTIVE.items() if kind != objective for name in names]
         for name in (*ONLY_STAGE2, *others):
             chosen["model"].pop(name)
-        chosen["model"].get("sem", {}).pop("in_stage2", None)
+        for name in ("in_stage2", "user_vector"):
+            chosen["model"].get("sem", {}).pop(name, None)
         for name in OF_MASKING if objective == "next_item" else ():
             chosen["stage1"].pop(name)
     return fingerprint([prepared.manifest["fingerprint"], *chosen.values()])

@@ -97,14 +97,16 @@ def test_a_model_without_sem_takes_over_the_events_alone() -> None:
 
 
 def test_the_inherited_model_starts_as_if_there_were_no_sem() -> None:
-    """Both branches are gated from zero."""
+    """Both branches are gated from zero, and so is the user's vector."""
     x = inputs(random_batch())
     taken, scores = stage1(), []
     for in_stage2 in (True, False):
         torch.manual_seed(0)
         model = click_model(tiny(model={"sem": {"in_stage2": in_stage2}}), SIZES).eval()
         model.inherit(taken, SEEN, 0.0)
-        scores.append(model.history(x, None))
+        tokens, users = model.history(x, None)
+        scores.append(tokens)
+        assert not in_stage2 or not users.any()
     assert torch.equal(*scores)
 
 
@@ -278,7 +280,7 @@ def test_histories_go_from_their_tokens_to_the_sems_by_its_gates() -> None:
     tokens = model.events.history(x, None)
     session, context = model.sem(tokens, x, None, torch.ones_like(x.causal))
     intra, inter = torch.tanh(model.gate_intra), torch.tanh(model.gate_inter)
-    torch.testing.assert_close(model.history(x, None), (1 - intra) * tokens + intra * session + inter * context)
+    torch.testing.assert_close(model.history(x, None)[0], (1 - intra) * tokens + intra * session + inter * context)
 
 
 def test_live_anchors_choose_and_compare_without_a_gradient() -> None:

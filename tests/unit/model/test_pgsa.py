@@ -169,14 +169,15 @@ def test_dense_weights_are_the_strict_past() -> None:
     st.integers(1, 5),
     st.sampled_from([0.0, 0.7, 3.0]),
     st.integers(0, 999),
-    st.sampled_from([{"pgsa": {"summaries": 0}, "asvd": {"factors": 0}}, {}]),
+    st.sampled_from([{"pgsa": {"summaries": 0}, "asvd": {"factors": 0}, "sem": {"user_vector": False}}, {}]),
 )
 def test_sparse_with_all_events_equals_dense(
     rows: int, events: int, targets: int, sigma: float, seed: int, beside: dict
 ) -> None:
     """K >= N: every visible event is an anchor; scores and all gradients are those of dense attention.
 
-    Summaries and Asymmetric-SVD read the vectors that choose anchors: without both, a dense model has no such vectors.
+    Summaries, Asymmetric-SVD and the user's vector read the vectors that choose anchors; a dense model without summaries
+    has none.
     """
     batch = random_batch(rows, events, targets, seed)
     results = []

@@ -26,6 +26,7 @@ FREE = {
     "model.silu_on": "u",
     "model.match_features": False,
     "model.sem.in_stage2": False,
+    "model.sem.user_vector": False,
     "model.pgsa.enabled": False,
     "model.pgsa.top_k": 2,
     "model.pgsa.sigma": 0.0,
