@@ -176,8 +176,8 @@ def test_sparse_with_all_events_equals_dense(
 ) -> None:
     """K >= N: every visible event is an anchor; scores and all gradients are those of dense attention.
 
-    Summaries, Asymmetric-SVD and the user's vector read the vectors that choose anchors; a dense model without summaries
-    has none.
+    Summaries, Asymmetric-SVD and the user's vector read the vectors that choose anchors, which a dense model without
+    summaries does not have.
     """
     batch = random_batch(rows, events, targets, seed)
     results = []
