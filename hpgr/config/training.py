@@ -72,6 +72,10 @@ class Stage2(Section):
     label are all of one action. hpgr alone, unless `action_baselines`."""
     action_baselines: bool = False
     """Ask hstu, mtgr and din too, to see how much of HPGR's distance to them it is."""
+    action_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of a click's logit that what was predicted of actions may have, such as the log-odds of four stars or more:
+    two answers to one question err less than one. Each validation takes it or leaves it, whichever has the better AUC.
+    0 goes without, and so does a log whose histories do not hold what was not clicked."""
     epochs: Count = 10
     """Most epochs."""
     patience: Count = 3

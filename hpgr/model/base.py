@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpgr.config import Config
+from hpgr.model.answers import ActionAnswers, click_head
 from hpgr.model.asvd import AsymmetricSvd
 from hpgr.model.embedding import EventEncoder, Matches, MatchFeatures, Sizes, own_events
 from hpgr.model.inputs import Inputs
@@ -215,6 +216,7 @@ class TokenClick(ClickModel):
         vectors = model.width if model.by_vectors else 0
         self.asvd = AsymmetricSvd(model.asvd, sizes, vectors) if model.with_asvd else None
         self.head = click_head(model.width, sizes.base_rate)
+        self.answers: ActionAnswers | None = None
 
     def ask_actions(self, config: Config, sizes: Sizes) -> None:
         """Ask what was done with impressions in training, if it is to be asked here (see `forward`).
@@ -225,30 +227,28 @@ class TokenClick(ClickModel):
         if not (asked and config.stage2.action_weight):
             return
         self.action_weight = config.stage2.action_weight
-        known = torch.tensor(sizes.train_actions).index_fill(1, torch.tensor(NO_ACTION), 0)
-        last, rates = nn.Linear(config.model.width, sizes.actions), known.sum(0) + 1
-        with torch.no_grad():
-            last.bias.copy_((rates / rates.sum()).log())
-        self.action_head = head(config.model.width, last)
+        self.answers = ActionAnswers(config.model.width, sizes)
 
     def forward(self, x: Inputs, noise: Noise | None = None) -> Output:
         """As in `ClickModel`; while training also what the user did with each candidate, where that is known [D].
 
         The question about actions that stage 1 asks: a rating says more of an item than whether it is above a bound.
-        Answers start at their rates in training, and scores do not read them.
+        Clicks are learnt by an answer of their own, so that it and that by actions err apart.
         """
-        if not (self.training and self.action_weight):
+        if self.answers is None or not self.training:
             return super().forward(x, noise)
         past = self.past(x, noise)
         encoded = self.encoded(past, x, noise)
         output = click_output(self.click(encoded, past, x, noise), x)
         action = torch.where(x.c_real & (x.c_label >= 0), x.c_action, NO_ACTION)
-        logits = self.action_head(encoded).float()
+        logits = self.answers(encoded)
         loss = F.cross_entropy(logits.flatten(0, 1), action.flatten(), ignore_index=NO_ACTION, reduction="sum")
         return output._replace(loss=output.loss + self.action_weight * loss)
 
     def read(self, past: Past, x: Inputs, noise: Noise | None = None, shares: list[Tensor] | None = None) -> Tensor:
-        return self.click(self.encoded(past, x, noise, shares), past, x, noise)
+        encoded = self.encoded(past, x, noise, shares)
+        logits = self.click(encoded, past, x, noise)
+        return logits if self.answers is None else self.answers.mixed(logits, encoded)
 
     def encoded(self, past: Past, x: Inputs, noise: Noise | None, shares: list[Tensor] | None = None) -> Tensor:
         """Candidates after all layers: [B, M, D]. Other arguments as of `read`."""
@@ -284,15 +284,3 @@ def visible_matches(x: Inputs) -> Matches:
     some, place = count > 0, (last - 1).clamp(min=0)
     time, action = x.h_time.gather(1, place), x.h_action.gather(1, place)
     return Matches(count, time * some, action * some, (x.c_visible + 1 - last) * some)
-
-
-def click_head(width: int, base_rate: float) -> nn.Sequential:
-    """Logit of a click from a candidate's encoding; it starts at the base rate."""
-    click = nn.Linear(width, 1)
-    nn.init.constant_(click.bias, math.log(base_rate / (1 - base_rate)))
-    return head(width, click)
-
-
-def head(width: int, last: nn.Linear) -> nn.Sequential:
-    """Encodings [..., D] -> logits [..., outputs of `last`]."""
-    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), last)

@@ -13,7 +13,7 @@ from hpgr.config import Config, Optimiser
 from hpgr.data.stream import Source, StreamSpec
 from hpgr.evaluation import click_scores, rank_next_items, score
 from hpgr.model.asvd import TABLES as ASVD_TABLES
-from hpgr.model.base import ITEM_TABLE, Negatives
+from hpgr.model.base import ITEM_TABLE, Negatives, TokenClick
 from hpgr.model.embedding import Sizes
 from hpgr.model.registry import click_model, item_model
 from hpgr.schema import Array
@@ -76,6 +76,7 @@ class ClickStage:
         self.optimiser, self.stream, self.validation = stage.optimiser, stream, validation
         self.lr_shares: dict[str, float] = dict.fromkeys(self.by_rows, stage.new_item_lr_share)
         self.shrinkage, self.item_lr_share = stage.shrinkage, stage.item_lr_share
+        self.action_share = stage.action_share
         self.model = click_model(config, sizes)
 
     def inherit(self, stage1: dict[str, Tensor], seen: Tensor) -> None:
@@ -88,6 +89,20 @@ class ClickStage:
         return {}
 
     def validate(self, source: Source, device: torch.device) -> dict[str, float | int | None]:
+        """Figures of the validation split; of a model whose predicted actions tell of clicks, with and without them,
+        whichever is better, and so it is left."""
+        answers = self.model.answers if isinstance(self.model, TokenClick) else None
+        if answers is None or not answers.tell:
+            return self._figures(source, device)
+        found = {}
+        for share in sorted({0.0, self.action_share}):
+            answers.share.fill_(share)
+            found[share] = self._figures(source, device)
+        best = max(found, key=lambda share: found[share][self.metric] or 0.0)
+        answers.share.fill_(best)
+        return found[best] | {"action_share": best}
+
+    def _figures(self, source: Source, device: torch.device) -> dict[str, float | int | None]:
         scored = score(self.model, source.evaluation(self.validation), device)
         own = scored.select(["score", "label", "user_hash", "request"])
         return click_scores(pa.concat_tables(distributed.gather(own))).compute()  # all refuse what one of them would

@@ -134,7 +134,7 @@ def test_while_training_the_loss_also_asks_what_was_done_with_candidates(name: s
     encoded = model.encoded(model.past(x, None), x, None)[:, :4].flatten(0, 1)
     asked = (torch.from_numpy(labels) >= 0) & (x.c_action[:, :4].flatten() != NO_ACTION)
     assert 0 < asked.sum() < (labels >= 0).sum()
-    logits = model.action_head(encoded).double().log_softmax(-1)
+    logits = model.answers(encoded).double().log_softmax(-1)
     expected = -logits[asked].gather(1, x.c_action[:, :4].flatten()[asked][:, None]).sum()
     plain, asking = model.eval()(x), model.train()(x)
     torch.testing.assert_close((asking.loss - plain.loss).double(), 2.5 * expected, rtol=1e-4, atol=1e-4)
@@ -175,12 +175,45 @@ def test_actions_are_asked_where_they_say_more_than_the_label(
     weight: float, counts: tuple[tuple[int, ...], ...], name: str, baselines: bool, asks: bool
 ) -> None:
     config = tiny(model={"name": name}, stage2={"action_weight": weight, "action_baselines": baselines})
-    assert hasattr(click_model(config, replace(SIZES, train_actions=counts)), "action_head") == asks
+    model = click_model(config, replace(SIZES, train_actions=counts))
+    assert (getattr(model, "answers", None) is not None) == asks
 
 
 def test_answers_about_actions_start_at_their_rates_in_training() -> None:
-    rates = click_model(tiny(), SIZES).action_head[-1].bias.softmax(0)
+    rates = click_model(tiny(), SIZES).answers.head[-1].bias.softmax(0)
     torch.testing.assert_close(rates, torch.tensor([1.0, 11, 21, 31, 41]) / 105)
+
+
+MISSES_KNOWN = replace(SIZES, train_actions=((2, 10, 20, 0, 0), (0, 0, 0, 30, 40)))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_clicks_are_told_by_actions_to_the_share_that_was_taken(share: float) -> None:
+    """Log-odds of all actions that come with a click, here 3 and 4, against those that come without."""
+    model, x = shaken(click_model(tiny(), MISSES_KNOWN)), inputs(random_batch())
+    model.answers.share.fill_(share)
+    past = model.past(x, None)
+    encoded = model.encoded(past, x, None)
+    chances = model.answers(encoded).double().softmax(-1)
+    told = (chances[..., [3, 4]].sum(-1) / chances[..., [1, 2]].sum(-1)).log()
+    expected = (1 - share) * model.click(encoded, past, x, None).double() + share * told
+    torch.testing.assert_close(model(x).scores.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_actions_tell_nothing_of_clicks_where_those_of_misses_are_not_known() -> None:
+    x = inputs(random_batch())
+    model = shaken(click_model(tiny(), replace(SIZES, train_actions=((9, 1, 1, 0, 0), (0, 0, 0, 3, 4)))))
+    without = model(x).scores
+    model.answers.share.fill_(1.0)
+    assert torch.equal(model(x).scores, without)
+
+
+def test_what_actions_tell_plays_no_part_in_training() -> None:
+    """Click and actions are learnt each for itself."""
+    model, x = shaken(click_model(tiny(), MISSES_KNOWN)).train(), inputs(random_batch())
+    without = model(x)
+    model.answers.share.fill_(1.0)
+    assert torch.equal(torch.stack(model(x)[:2]), torch.stack(without[:2]))
 
 
 def test_an_untrained_model_predicts_the_base_rate_on_average() -> None:

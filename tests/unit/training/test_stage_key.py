@@ -43,6 +43,7 @@ FREE = {
     "stage2.new_item_lr_share": 0.5,
     "stage2.action_weight": 0.5,
     "stage2.action_baselines": True,
+    "stage2.action_share": 0.25,
     "stream.stride": 4,
     "stage2.epochs": 3,
     "stage2.optimiser.lr": 0.1,
