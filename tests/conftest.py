@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
 
 from hpgr import config as configuration
@@ -21,6 +22,8 @@ from hpgr.artifacts import Folder
 from hpgr.data.preparation import Prepared, in_process, prepare
 
 ROOT = Path(__file__).resolve().parents[1]
+settings.register_profile("patient", deadline=None)  # a busy machine makes no property false
+settings.load_profile("patient")
 Rows = Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]] | pa.Table
 
 

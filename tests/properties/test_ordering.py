@@ -18,7 +18,7 @@ from hpgr.data.timelines import events_before
 from hpgr.data.validation import empty_rows
 from hpgr.schema import IN_HISTORY, IS_TARGET, ITEM, LABEL, ORDER, ORDER_DIGITS, SECOND, TIME, USER
 
-quick = settings(max_examples=150, deadline=None)
+quick = settings(max_examples=150)
 FAR = 2**62 - 1
 ROW = st.tuples(
     st.integers(0, 3), st.sampled_from([-FAR, -7, 0, 1, 2, FAR]), st.sampled_from([0.0, 1.5]),

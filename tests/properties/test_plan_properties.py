@@ -12,7 +12,7 @@ from hpgr.data.batches import worker_rows
 from hpgr.data.plan import padding_share, plan_epoch
 from hpgr.data.windows import Windows
 
-quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+quick = settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 
 
 def random_windows(seed: int, n: int, buckets: int = 3) -> Windows:

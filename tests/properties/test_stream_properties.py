@@ -24,7 +24,7 @@ from hpgr.data.vocabulary import Vocabulary, count
 from hpgr.data.windows import Windows, impression_windows, next_item_windows, training_windows
 from hpgr.schema import SECOND, SPLITS, TEST, TRAIN, VALIDATION, Batch, Timelines, offsets_of
 
-quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+quick = settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 GAPS = st.sampled_from([0, 0, 1, 60, 1799, 1800, 1801, 90_000])
 EVENT = st.tuples(GAPS, st.integers(0, 5), st.sampled_from([0, 1, 1, None]))
 LOGS = st.lists(st.lists(EVENT, min_size=1, max_size=25), min_size=1, max_size=6)

@@ -20,7 +20,7 @@ from hpgr.model.timing import LONGEST, time_before, time_bucket
 from hpgr.schema import SECOND
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.integers(-(10**16), 10**16), min_size=2, max_size=50), st.sampled_from([4, 12, 40, 64]))
 def test_time_buckets_are_monotone_and_in_range(deltas: list[int], buckets: int) -> None:
     got = time_bucket(torch.tensor(sorted(deltas)), buckets)

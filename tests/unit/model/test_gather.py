@@ -64,7 +64,7 @@ def places(anchors: tuple[Tensor, Tensor]) -> Tensor:
 
 @pytest.mark.usefixtures("tile")
 def test_the_anchors_are_the_references() -> None:
-    @settings(deadline=None, max_examples=60)
+    @settings(max_examples=60)
     @given(choices())
     def check(drawn: tuple[Tensor, Tensor, Tensor, int]) -> None:
         assert torch.equal(places(select_anchors_in_tiles(*drawn)), places(select_anchors(*drawn)))
@@ -74,7 +74,7 @@ def test_the_anchors_are_the_references() -> None:
 
 @pytest.mark.usefixtures("tile")
 def test_kept_keys_and_weights_are_the_references() -> None:
-    @settings(deadline=None, max_examples=80)
+    @settings(max_examples=80)
     @given(choices(), SIGMAS, CAPS)
     def check(drawn: tuple[Tensor, Tensor, Tensor, int], sigma: float, cap: int | None) -> None:
         visible, top_k, n = drawn[2], drawn[3], drawn[1].shape[1]
@@ -151,7 +151,7 @@ def drawn_attention(b: int, h: int, q: int, n: int, e: int, seed: int) -> tuple[
     return tensors, Kept(torch.where(weight > 0, index, 0), weight)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     st.integers(1, 3), st.integers(1, 3), st.integers(1, 5), st.integers(1, 9), st.integers(1, 5), st.integers(0, 999)
 )
@@ -182,7 +182,7 @@ def outcome(pgsa: dict[str, Any], x: Inputs) -> tuple[Tensor, dict[str, Tensor]]
     return output.scores, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     st.integers(1, 3), st.integers(2, 24), st.integers(1, 5), st.sampled_from([0.0, 0.7, 2.0]), CAPS,
     st.sampled_from(["all", "candidate"]), st.sampled_from(["frozen", "live"]), st.integers(0, 999),

@@ -56,7 +56,7 @@ def choices(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, int]:
     return query, key, visible, draw(st.integers(1, n + 3))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(choices())
 def test_anchors_equal_the_loop(drawn: tuple[Tensor, Tensor, Tensor, int]) -> None:
     query, key, visible, top_k = drawn
@@ -114,7 +114,7 @@ def test_no_gradient_flows_through_the_choice() -> None:
     assert not gaussian_weights(positions, real, visible, 5, 1.0).requires_grad
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(choices(), st.sampled_from([0.0, 0.2, 0.34, 1.0, 1.7, 5.0, 40.0]))
 def test_weights_equal_the_formula(drawn: tuple[Tensor, Tensor, Tensor, int], sigma: float) -> None:
     query, key, visible, top_k = drawn
@@ -162,7 +162,7 @@ def test_dense_weights_are_the_strict_past() -> None:
     ]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     st.integers(1, 3),
     st.integers(2, 12),

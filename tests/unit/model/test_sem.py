@@ -39,7 +39,7 @@ def one_session(events: int) -> Inputs:
     return replace(x := jagged(0, 1, events), h_session=torch.zeros_like(x.h_session))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 10_000), st.integers(1, 4), st.integers(2, 10))
 def test_intra_mask_equals_the_loop(seed: int, rows: int, events: int) -> None:
     x = jagged(seed, rows, events)
@@ -161,7 +161,7 @@ def test_the_first_session_has_no_causal_context(sem: Sem) -> None:
     assert (context[(x.h_session > 0) & x.h_real] != 0).any(-1).all()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(0, 10_000), st.integers(1, 4), st.integers(2, 90), st.booleans())
 def test_sessions_of_their_own_are_attended_to_as_under_a_mask(seed: int, rows: int, events: int, rotary: bool) -> None:
     """Values and gradients, for sessions of all lengths, ties and padding."""

@@ -72,7 +72,7 @@ def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(select_sessions, "GATHERED", 400)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(choices(most=20), st.integers(0, 2**31))
 def test_the_reference_equals_the_loop(drawn: Drawn, seed: int) -> None:
     """Of integer vectors, whose relevances and sums are exact."""
@@ -93,7 +93,7 @@ def test_the_reference_equals_the_loop(drawn: Drawn, seed: int) -> None:
 
 @pytest.mark.usefixtures("tile")
 def test_the_fast_anchors_are_the_references() -> None:
-    @settings(deadline=None, max_examples=120)
+    @settings(max_examples=120)
     @given(choices())
     def check(drawn: Drawn) -> None:
         assert torch.equal(places(select_anchors_in_tiles(*drawn)), places(select_anchors(*drawn)))
@@ -103,7 +103,7 @@ def test_the_fast_anchors_are_the_references() -> None:
 
 @pytest.mark.usefixtures("tile")
 def test_kept_keys_and_weights_are_the_references() -> None:
-    @settings(deadline=None, max_examples=80)
+    @settings(max_examples=80)
     @given(choices(), st.sampled_from([0.0, 0.7, 3.0, 40.0]), st.sampled_from([None, 1, 5, 500]))
     def check(drawn: Drawn, sigma: float, cap: int | None) -> None:
         query, key, visible, top_k, sessions = drawn
@@ -164,7 +164,7 @@ def test_of_equal_sessions_the_more_recent(choose: Any) -> None:
 
 
 def test_as_many_sessions_as_there_are_is_no_choice() -> None:
-    @settings(deadline=None, max_examples=40)
+    @settings(max_examples=40)
     @given(choices())
     def check(drawn: Drawn) -> None:
         everywhere = drawn._replace(sessions=Sessions(drawn.sessions.number, drawn.key.shape[1]))
@@ -177,7 +177,7 @@ def test_as_many_sessions_as_there_are_is_no_choice() -> None:
 def test_what_is_not_past_does_not_reach_the_choice(choose: Any) -> None:
     """Other items, sessions that end there or go on, more events and fewer, at or after a query's second."""
 
-    @settings(deadline=None, max_examples=80)
+    @settings(max_examples=80)
     @given(choices(), st.integers(0, 99), st.booleans(), st.integers(0, 9))
     def check(drawn: Drawn, which: int, goes_on: bool, more: int) -> None:
         query, key, visible, top_k, (number, past) = drawn
@@ -217,7 +217,7 @@ def built(**pgsa: Any) -> ClickModel:
     return model
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     st.integers(1, 3), st.integers(2, 40), st.integers(1, 5), st.integers(1, 3), st.sampled_from([None, 2, 5]),
     st.sampled_from([{}, {"scope": "candidate"}, {"enabled": False}, {"sigma": 0.0, "top_k": 1}]), st.integers(0, 999),
