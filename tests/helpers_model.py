@@ -40,6 +40,8 @@ SIZES = Sizes(
     train_actions=((20, 10, 20, 0, 0), (0, 0, 0, 30, 40)),
 )
 """Tables of the hand-made batches below: 2 out-of-vocabulary indices, 20 items."""
+MISSES_KNOWN = replace(SIZES, train_actions=((2, 10, 20, 0, 0), (0, 0, 0, 30, 40)))
+"""The same of a log whose histories hold nearly all misses: actions tell of clicks."""
 
 
 def quiet(*_: Any) -> None:
@@ -195,7 +197,7 @@ def widened(x: Inputs, events: int, targets: int) -> Inputs:
 
 
 def shaken(model: nn.Module, seed: int = 1, scale: float = 0.3) -> nn.Module:
-    """The model in eval mode with all weights (gates and zero tables too) moved off their start."""
+    """The model in eval mode with all weights (gates, zero tables and shares too) moved off their start."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -203,6 +205,8 @@ def shaken(model: nn.Module, seed: int = 1, scale: float = 0.3) -> nn.Module:
         table = getattr(model, "anchor_table", None)
         if table is not None and len(table):
             table.copy_(nn.functional.normalize(torch.randn(table.shape, generator=generator), dim=-1))
+        if getattr(model, "answers", None) is not None:
+            model.answers.share.fill_(0.4)
     return model.eval()
 
 

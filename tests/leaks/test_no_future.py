@@ -17,6 +17,7 @@ import pytest
 import torch
 from helpers_model import (
     CPU,
+    MISSES_KNOWN,
     SIZES,
     candidates_of,
     changed,
@@ -73,7 +74,7 @@ VARIANTS = {
 @pytest.fixture(params=VARIANTS.values(), ids=list(VARIANTS))
 def model(request: pytest.FixtureRequest) -> ClickModel:
     torch.manual_seed(0)
-    built = shaken(click_model(tiny(model=request.param), SIZES))
+    built = shaken(click_model(tiny(model=request.param), MISSES_KNOWN))
     assert isinstance(built, ClickModel)
     return built
 

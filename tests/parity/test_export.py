@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
-from helpers_model import CPU, SIZES, inputs, random_batch, shaken, tiny, widened
+from helpers_model import CPU, MISSES_KNOWN, SIZES, inputs, random_batch, shaken, tiny, widened
 from helpers_scoring import finished_run
 
 import hpgr
@@ -57,12 +57,12 @@ def few_log_lines() -> Iterator[None]:
 @pytest.mark.parametrize("settings", MODELS, ids=lambda s: json.dumps(s))
 def test_the_program_equals_the_model(settings: dict[str, Any]) -> None:
     config = tiny(model=settings)
-    model: Any = shaken(click_model(config, SIZES))
+    model: Any = shaken(click_model(config, MISSES_KNOWN))
     batches = [inputs(random_batch(*shape, seed=i)) for i, shape in enumerate(SHAPES)]
     batches.append(widened(batches[1], 20, 2))
     with torch.no_grad():
         eager = [torch.sigmoid(model(x).scores) for x in batches]  # before export: by the configured form of PGSA
-        program: Any = export_model(model, SIZES).module()
+        program: Any = export_model(model, MISSES_KNOWN).module()
         for x, expected in zip(batches, eager, strict=True):
             np.testing.assert_allclose(program(inputs_of(x)).numpy(), expected.numpy(), rtol=0, atol=1e-5)
     assert float(torch.cat([e.flatten() for e in eager]).std()) > 1e-3

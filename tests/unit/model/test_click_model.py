@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers_model import SIZES, candidates_of, inputs, random_batch, rows_of, shaken, tiny
+from helpers_model import MISSES_KNOWN, SIZES, candidates_of, inputs, random_batch, rows_of, shaken, tiny
 from torch.nn import functional as F
 
 from hpgr.errors import ConfigError
@@ -182,9 +182,6 @@ def test_actions_are_asked_where_they_say_more_than_the_label(
 def test_answers_about_actions_start_at_their_rates_in_training() -> None:
     rates = click_model(tiny(), SIZES).answers.head[-1].bias.softmax(0)
     torch.testing.assert_close(rates, torch.tensor([1.0, 11, 21, 31, 41]) / 105)
-
-
-MISSES_KNOWN = replace(SIZES, train_actions=((2, 10, 20, 0, 0), (0, 0, 0, 30, 40)))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
