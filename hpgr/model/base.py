@@ -204,7 +204,7 @@ def shrunk(table: Tensor, seen: Tensor, shrinkage: float) -> Tensor:
 class TokenClick(ClickModel):
     """A click model whose history and candidates are tokens of the shared event encoder."""
 
-    action_weight = 0.0
+    action_weight: float
 
     def __init__(self, config: Config, sizes: Sizes) -> None:
         super().__init__(config)
