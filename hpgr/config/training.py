@@ -8,6 +8,8 @@ from pydantic import Field, field_validator, model_validator
 
 from hpgr.config.base import Count, Natural, Positive, Section, Share, holds_key
 
+Auto = Literal["auto"]
+
 
 class Optimiser(Section):
     lr: Positive = 1e-3
@@ -33,8 +35,9 @@ class Stage1(Section):
     objective: Literal["masked_item", "next_item"] = "masked_item"
     """masked_item: HPGR's session-based masked item modelling. next_item: a flat, dense HSTU that predicts each event
     from those before it, the field's standard retrieval model."""
-    epochs: Count = 20
-    """Most epochs."""
+    epochs: Count | Auto = "auto"
+    """Most epochs. auto: 20, or of a small log as many as make 2,000 steps, with at most 20 validations; masked item
+    modelling needs many steps before vectors tell what goes with what (as BERT4Rec does, arXiv 2207.07483)."""
     patience: Count | None = None
     """Validations without a better NDCG@10 before the stage stops; null trains all epochs, and takes the best. A stage
     that stops by a few hundred users' figures often does so in its first epochs, before vectors have learnt."""
@@ -92,9 +95,6 @@ class Evaluation(Section):
     """Leave items of the user's history out of the next-item ranking."""
     next_item_users: Count = 20_000
     """Most users ranked over the whole catalogue in validation and test (first by user hash)."""
-
-
-Auto = Literal["auto"]
 
 
 class Scoring(Section):

@@ -108,7 +108,9 @@ class _Loop:
         if not self.steps:
             raise DataError(f"{stage.name}: nothing to train on: no user has what it learns from before the training "
                             "cut-off; check data.history and data.split, or leave the stage out")  # fmt: skip
-        self.schedule = make_schedule(self.optimiser, stage.optimiser, stage.epochs * self.steps)
+        self.epochs_between = max(1, math.ceil(stage.min_steps / (stage.epochs * self.steps)))  # two validations
+        self.epochs = stage.epochs * self.epochs_between
+        self.schedule = make_schedule(self.optimiser, stage.optimiser, self.epochs * self.steps)
         self.progress = Progress()
         self.checkpoints = context.folder.sub("checkpoints")
         self._restore()
@@ -121,7 +123,7 @@ class _Loop:
         p = self.progress
         if p.curve:  # it may have died before it was heard; who knows of this validation passes over it
             self._report()
-        if p.epoch < self.stage.epochs and p.stale < self.stage.patience:
+        if p.epoch < self.epochs and p.stale < self.stage.patience:
             self._rehearse()
             self._train()
         if p.best_file:
@@ -173,7 +175,7 @@ class _Loop:
     def _train(self) -> None:
         p, stage = self.progress, self.stage
         mark = self.began = self.told = self.spoken = time.monotonic()
-        for step in self.context.source.steps(stage.stream, range(p.epoch, stage.epochs), p.step):
+        for step in self.context.source.steps(stage.stream, range(p.epoch, self.epochs), p.step):
             inputs = self._padded(step.batch)  # making tensors is waiting for data, too
             waited = time.monotonic() - mark
             self._step(step, inputs)
@@ -182,18 +184,18 @@ class _Loop:
             took = time.monotonic() - mark
             p.waited, p.seconds = p.waited + waited, p.seconds + took
             self.meter.time(took, waited)
-            self._milestone(last)
+            self._milestone(last and p.epoch % self.epochs_between == 0)
             if p.stale >= stage.patience:
                 self.context.say(f"{stage.name}: no better {stage.metric} for {p.stale} validations, stopping")
                 break
             self._speak(step)
             mark = time.monotonic()
 
-    def _milestone(self, last: bool) -> None:
-        """Validate or save where it is due."""
+    def _milestone(self, due: bool) -> None:
+        """Validate, where that is `due` or after so many steps, or else save where it is due."""
         done, every = self.progress.global_step, self.stage.validate_every
         save_every = self.context.checkpoints.every_steps
-        if last or (every and done % every == 0):
+        if due or (every and done % every == 0):
             self._validate()
         elif save_every and done % save_every == 0:
             self._save()
@@ -211,9 +213,9 @@ class _Loop:
         if now - self.spoken <= min(SAY_SHARE * since, SAY_AT_LEAST_EVERY):
             return
         self.spoken = now
-        left = since / self.trained * (self.stage.epochs * self.steps - self.progress.global_step)
+        left = since / self.trained * (self.epochs * self.steps - self.progress.global_step)
         self.context.say(
-            f"{self.stage.name}: epoch {step.epoch + 1}/{self.stage.epochs} step {step.step + 1}/{step.steps} "
+            f"{self.stage.name}: epoch {step.epoch + 1}/{self.epochs} step {step.step + 1}/{step.steps} "
             f"loss {figures['loss']:.4f} {figures['tokens_per_second']:,.0f} tokens/s "
             f"data wait {figures['data_wait_share']:.1%} at most {_duration(left)} to go"
         )

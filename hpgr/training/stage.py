@@ -20,6 +20,9 @@ class Stage(Protocol):
     shown: tuple[str, ...]
     """Validation figures of a progress line."""
     epochs: int
+    """Most epochs, with a validation after each."""
+    min_steps: int
+    """Steps of all of them: where they make fewer, there are so many times more epochs, and no more validations."""
     patience: int
     validate_every: int
     optimiser: Optimiser

@@ -28,7 +28,8 @@ class ItemStage:
 
     def __init__(self, config: Config, sizes: Sizes, counts: Array, stream: StreamSpec, validation: StreamSpec) -> None:
         stage = config.stage1
-        self.epochs, self.patience, self.validate_every = stage.epochs, stage.patience or stage.epochs, 0
+        self.epochs, self.min_steps = (20, 2000) if stage.epochs == "auto" else (stage.epochs, 0)
+        self.patience, self.validate_every = stage.patience or self.epochs, 0
         self.optimiser: Optimiser = stage.optimiser
         self.lr_shares: dict[str, float] = {}
         self.stream, self.validation = stream, validation
@@ -68,11 +69,8 @@ class ClickStage:
 
     def __init__(self, config: Config, sizes: Sizes, stream: StreamSpec, validation: StreamSpec) -> None:
         stage = config.stage2
-        self.epochs, self.patience, self.validate_every = (
-            stage.epochs,
-            stage.patience,
-            stage.validate_every_steps,
-        )
+        self.epochs, self.min_steps, self.patience = stage.epochs, 0, stage.patience
+        self.validate_every = stage.validate_every_steps
         self.optimiser, self.stream, self.validation = stage.optimiser, stream, validation
         self.lr_shares: dict[str, float] = dict.fromkeys(self.by_rows, stage.new_item_lr_share)
         self.shrinkage, self.item_lr_share = stage.shrinkage, stage.item_lr_share
