@@ -71,14 +71,15 @@ class Stage2(Section):
     model from learning the training clicks of rare items by heart."""
     action_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of predicting, of each impression that is itself in the history, what was done with its item beside
-    whether it was clicked, such as the rating. 0 leaves it out, and so does a log whose training impressions of one
-    label are all of one action. hpgr alone, unless `action_baselines`."""
+    whether it was clicked, such as the rating. On a log whose training impressions of one label are all of one action
+    it is whether it was clicked, of all of them, asked a second time. 0 leaves it out. hpgr alone, unless
+    `action_baselines`."""
     action_baselines: bool = False
     """Ask hstu, mtgr and din too, to see how much of HPGR's distance to them it is."""
     action_share: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Share of a click's logit that what was predicted of actions may have, such as the log-odds of four stars or more:
-    two answers to one question err less than one. Each validation takes it or leaves it, whichever has the better AUC.
-    0 goes without, and so does a log whose histories do not hold what was not clicked."""
+    """Share of a click's logit that this second answer may have, such as the log-odds of four stars or more: two
+    answers to one question err less than one. Each validation takes it or leaves it, whichever has the better AUC.
+    0 goes without, and so does a log of ratings whose histories do not hold what was not clicked."""
     epochs: Count = 10
     """Most epochs."""
     patience: Count = 3

@@ -20,7 +20,6 @@ from hpgr.model.inputs import Inputs
 from hpgr.model.lists import ListFeatures
 from hpgr.model.noise import Noise
 from hpgr.model.pgsa import visible_mask
-from hpgr.schema import NO_ACTION
 
 ITEM_TABLE = "events.item.weight"
 INHERITED = ("events.", "sem.", "encoder.")
@@ -219,11 +218,8 @@ class TokenClick(ClickModel):
         self.answers: ActionAnswers | None = None
 
     def ask_actions(self, config: Config, sizes: Sizes) -> None:
-        """Ask what was done with impressions in training, if it is to be asked here (see `forward`).
-
-        Actions that the label alone tells apart would be the click's question again.
-        """
-        asked = sizes.graded and (config.model.name == "hpgr" or config.stage2.action_baselines)
+        """Ask what was done with impressions in training, if it is to be asked here (see `forward`)."""
+        asked = config.model.name == "hpgr" or config.stage2.action_baselines
         if not (asked and config.stage2.action_weight):
             return
         self.action_weight = config.stage2.action_weight
@@ -233,17 +229,15 @@ class TokenClick(ClickModel):
         """As in `ClickModel`; while training also what the user did with each candidate, where that is known [D].
 
         The question about actions that stage 1 asks: a rating says more of an item than whether it is above a bound.
-        Clicks are learnt by an answer of their own, so that it and that by actions err apart.
+        Clicks are learnt by an answer of their own, so that it and that by actions err apart, and so they are asked
+        twice where there are no ratings.
         """
         if self.answers is None or not self.training:
             return super().forward(x, noise)
         past = self.past(x, noise)
         encoded = self.encoded(past, x, noise)
         output = click_output(self.click(encoded, past, x, noise), x)
-        action = torch.where(x.c_real & (x.c_label >= 0), x.c_action, NO_ACTION)
-        logits = self.answers(encoded)
-        loss = F.cross_entropy(logits.flatten(0, 1), action.flatten(), ignore_index=NO_ACTION, reduction="sum")
-        return output._replace(loss=output.loss + self.action_weight * loss)
+        return output._replace(loss=output.loss + self.action_weight * self.answers.loss(encoded, x))
 
     def read(self, past: Past, x: Inputs, noise: Noise | None = None, shares: list[Tensor] | None = None) -> Tensor:
         encoded = self.encoded(past, x, noise, shares)

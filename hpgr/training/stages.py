@@ -87,7 +87,7 @@ class ClickStage:
         return {}
 
     def validate(self, source: Source, device: torch.device) -> dict[str, float | int | None]:
-        """Figures of the validation split; of a model whose predicted actions tell of clicks, with and without them,
+        """Figures of the validation split; of a model that answers twice, with and without its second answer,
         whichever is better, and so it is left."""
         answers = self.model.answers if isinstance(self.model, TokenClick) else None
         if answers is None or not answers.tell:

@@ -158,8 +158,9 @@ def test_candidates_of_no_known_action_train_as_without_the_question() -> None:
         (1.0, ((9, 0, 0, 0, 0), (0, 0, 5, 0, 1)), "hstu", False, False),
         (1.0, ((9, 0, 0, 0, 0), (0, 0, 5, 0, 1)), "hstu", True, True),
         (1.0, ((9, 0, 0, 0, 0), (0, 0, 5, 0, 1)), "logistic", True, False),
-        (1.0, ((9, 0, 0, 0, 0), (0, 0, 5, 0, 0)), "hpgr", False, False),
-        (1.0, ((9, 0, 3, 0, 0), (9, 0, 0, 0, 5)), "hpgr", False, False),
+        (1.0, ((9, 0, 0, 0, 0), (0, 0, 5, 0, 0)), "hpgr", False, True),
+        (0.0, ((9, 0, 0, 0, 0), (0, 0, 5, 0, 0)), "hpgr", False, False),
+        (1.0, ((9, 0, 0, 0, 0), (0, 0, 5, 0, 0)), "hstu", False, False),
     ],
     ids=[
         "clicks and purchases",
@@ -168,15 +169,49 @@ def test_candidates_of_no_known_action_train_as_without_the_question() -> None:
         "another model too",
         "no tokens",
         "one action",
-        "an action a label",
+        "one action, no weight",
+        "one action, another model",
     ],
 )
-def test_actions_are_asked_where_they_say_more_than_the_label(
+def test_who_is_asked_what_is_done_with_an_impression(
     weight: float, counts: tuple[tuple[int, ...], ...], name: str, baselines: bool, asks: bool
 ) -> None:
     config = tiny(model={"name": name}, stage2={"action_weight": weight, "action_baselines": baselines})
     model = click_model(config, replace(SIZES, train_actions=counts))
     assert (getattr(model, "answers", None) is not None) == asks
+
+
+@pytest.mark.parametrize("counts", [((9, 0, 0, 0, 0), (0, 0, 5, 0, 0)), ((9, 0, 3, 0, 0), (9, 0, 0, 0, 5))])
+def test_whether_there_is_a_click_is_asked_twice_where_actions_say_no_more(counts: tuple[tuple[int, ...], ...]) -> None:
+    """Of all labelled candidates, by a head that starts at the rates of labels and is told of clicks by its odds."""
+    batch = random_batch(3, 8, 4)
+    labels = np.where(np.arange(12) % 5 == 0, -1, batch.t_label).astype(np.int8)
+    x = inputs(replace(batch, t_label=labels))
+    model = click_model(tiny(), replace(SIZES, train_actions=counts))
+    shown = torch.tensor(counts).sum(1) + 1
+    torch.testing.assert_close(model.answers.head[-1].bias.softmax(0), shown / shown.sum())
+    model = shaken(model)
+    past = model.past(x, None)
+    encoded = model.encoded(past, x, None)
+    miss, click = model.answers(encoded).double().unbind(-1)
+    own, share = model.click(encoded, past, x, None), model.answers.share
+    torch.testing.assert_close(model(x).scores.double(), own + share * (click - miss - own), rtol=1e-4, atol=1e-5)
+    terms = torch.where(x.c_label == 1, F.softplus(miss - click), F.softplus(click - miss))
+    expected = terms[x.c_real & (x.c_label >= 0)].sum()
+    assert model.answers.share > 0
+    model.answers.share.fill_(0.0)
+    asking, plain = model.train()(x), model.eval()(x)
+    torch.testing.assert_close((asking.loss - plain.loss).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_a_log_of_one_label_alone_has_a_finite_second_answer(label: int) -> None:
+    counts = [(0, 0, 0, 0, 0), (0, 0, 0, 0, 0)]
+    counts[label] = (0, 0, 7, 0, 0)
+    model = shaken(click_model(tiny(), replace(SIZES, train_actions=tuple(counts))))
+    scores = model(inputs(random_batch())).scores
+    assert model.answers.share > 0
+    assert scores.abs().max() < 100
 
 
 def test_answers_about_actions_start_at_their_rates_in_training() -> None:
