@@ -37,7 +37,8 @@ class Stage1(Section):
     from those before it, the field's standard retrieval model."""
     epochs: Count | Auto = "auto"
     """Most epochs. auto: 20, or of a small log as many as make 2,000 steps, with at most 20 validations; masked item
-    modelling needs many steps before vectors tell what goes with what (as BERT4Rec does, arXiv 2207.07483)."""
+    modelling needs many steps before vectors tell what goes with what (as BERT4Rec does, arXiv 2207.07483). Where
+    histories hold all that a site showed, clicked or not and without ratings, it is 20: more would learn its lists."""
     patience: Count | None = None
     """Validations without a better NDCG@10 before the stage stops; null trains all epochs, and takes the best. A stage
     that stops by a few hundred users' figures often does so in its first epochs, before vectors have learnt."""
@@ -72,8 +73,8 @@ class Stage2(Section):
     action_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of predicting, of each impression that is itself in the history, what was done with its item beside
     whether it was clicked, such as the rating. On a log whose training impressions of one label are all of one action
-    it is whether it was clicked, of all of them, asked a second time. 0 leaves it out. hpgr alone, unless
-    `action_baselines`."""
+    it is whether it was clicked, of all of them, asked a second time, unless histories hold what was not clicked. 0
+    leaves it out. hpgr alone, unless `action_baselines`."""
     action_baselines: bool = False
     """Ask hstu, mtgr and din too, to see how much of HPGR's distance to them it is."""
     action_share: Annotated[float, Field(ge=0, le=1)] = 0.5

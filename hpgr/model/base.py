@@ -219,7 +219,7 @@ class TokenClick(ClickModel):
 
     def ask_actions(self, config: Config, sizes: Sizes) -> None:
         """Ask what was done with impressions in training, if it is to be asked here (see `forward`)."""
-        asked = config.model.name == "hpgr" or config.stage2.action_baselines
+        asked = sizes.chosen and (config.model.name == "hpgr" or config.stage2.action_baselines)
         if not (asked and config.stage2.action_weight):
             return
         self.action_weight = config.stage2.action_weight

@@ -60,6 +60,12 @@ class Sizes:
         how much a user clicks, and not what alone."""
         return all(10 * of[NO_ACTION] <= sum(of) > 0 for of in self.train_actions)
 
+    @property
+    def chosen(self) -> bool:
+        """Whether histories hold what users chose, such as what they rated or clicked, and not all that a site showed
+        them: how such a history goes on tells the site's lists more than taste [D]."""
+        return self.graded or not self.misses_known
+
     def item_rates(self, items: pa.Table, prior: float) -> Array:
         """Training click rate by item index [items], `prior` impressions at the base rate beside an item's own.
 

@@ -28,7 +28,7 @@ class ItemStage:
 
     def __init__(self, config: Config, sizes: Sizes, counts: Array, stream: StreamSpec, validation: StreamSpec) -> None:
         stage = config.stage1
-        self.epochs, self.min_steps = (20, 2000) if stage.epochs == "auto" else (stage.epochs, 0)
+        self.epochs, self.min_steps = (20, 2000 * sizes.chosen) if stage.epochs == "auto" else (stage.epochs, 0)
         self.patience, self.validate_every = stage.patience or self.epochs, 0
         self.optimiser: Optimiser = stage.optimiser
         self.lr_shares: dict[str, float] = {}

@@ -63,10 +63,11 @@ def test_dropout_is_on(runs: Both) -> None:
     assert runs[0].config.model.sem.dropout > 0
 
 
-def test_one_case_asks_about_actions(runs: Both) -> None:
+def test_one_case_asks_about_actions_and_the_others_about_clicks_twice(runs: Both) -> None:
     run = runs[0]
-    asks = run.config.data.columns.action == "device"
-    assert (click_model(run.config, run.sizes()).answers is not None) == asks
+    answers = click_model(run.config, run.sizes()).answers
+    assert answers is not None
+    assert answers.graded == (run.config.data.columns.action == "device")
 
 
 def test_some_batches_divide_unevenly(runs: Both) -> None:

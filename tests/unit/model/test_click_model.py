@@ -161,6 +161,7 @@ def test_candidates_of_no_known_action_train_as_without_the_question() -> None:
         (1.0, ((9, 0, 0, 0, 0), (0, 0, 5, 0, 0)), "hpgr", False, True),
         (0.0, ((9, 0, 0, 0, 0), (0, 0, 5, 0, 0)), "hpgr", False, False),
         (1.0, ((9, 0, 0, 0, 0), (0, 0, 5, 0, 0)), "hstu", False, False),
+        (1.0, ((0, 0, 9, 0, 0), (0, 0, 0, 5, 0)), "hpgr", False, False),
     ],
     ids=[
         "clicks and purchases",
@@ -171,6 +172,7 @@ def test_candidates_of_no_known_action_train_as_without_the_question() -> None:
         "one action",
         "one action, no weight",
         "one action, another model",
+        "all that was shown, an action a label",
     ],
 )
 def test_who_is_asked_what_is_done_with_an_impression(

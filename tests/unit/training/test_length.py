@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from helpers_model import FailingSource, Interrupted, context_of, log_config, make_run
+from helpers_model import SIZES, FailingSource, Interrupted, context_of, log_config, make_run, tiny
 
 from hpgr.config import Config
 from hpgr.training.loop import Progress, fit
@@ -83,11 +85,19 @@ def test_patience_counts_validations(run: Run, monkeypatch: pytest.MonkeyPatch) 
     assert fit(stage, context_of(run, "stage1")).global_step == 2 * PASSES * steps
 
 
-def test_auto_is_twenty_epochs_and_2000_steps_and_a_number_itself(run: Run, config: Config) -> None:
-    def told(epochs: int | str) -> tuple[int, int, int]:
-        own = config.model_copy(update={"stage1": config.stage1.model_copy(update={"epochs": epochs})})
-        stage = stage_of(Run(own, run.folder, run.prepared))[0]
-        return stage.epochs, stage.min_steps, stage.patience
-
-    assert told("auto") == (20, 2000, 20)
-    assert told(7) == (7, 0, 7)
+@pytest.mark.parametrize(
+    ("epochs", "train_actions", "expected"),
+    [
+        ("auto", ((9, 0, 0, 0, 0), (0, 0, 5, 0, 0)), (20, 2000, 20)),
+        ("auto", ((0, 0, 9, 4, 0), (0, 0, 0, 0, 5)), (20, 2000, 20)),
+        ("auto", ((0, 0, 9, 0, 0), (0, 0, 0, 5, 0)), (20, 0, 20)),
+        (7, ((9, 0, 0, 0, 0), (0, 0, 5, 0, 0)), (7, 0, 7)),
+    ],
+    ids=["clicks alone", "ratings", "all that was shown", "a number"],
+)
+def test_auto_is_twenty_epochs_and_2000_steps_where_users_chose_what_they_met(
+    epochs: int | str, train_actions: tuple[tuple[int, ...], ...], expected: tuple[int, int, int]
+) -> None:
+    sizes = replace(SIZES, train_actions=train_actions)
+    stage = ItemStage(tiny(stage1={"epochs": epochs}), sizes, np.ones(9), None, None)  # type: ignore[arg-type]
+    assert (stage.epochs, stage.min_steps, stage.patience) == expected
