@@ -63,7 +63,7 @@ class Sizes:
     @property
     def chosen(self) -> bool:
         """Whether histories hold what users chose, such as what they rated or clicked, and not all that a site showed
-        them: how such a history goes on tells the site's lists more than taste [D]."""
+        them: how one of the latter goes on tells the site's lists more than taste [D]."""
         return self.graded or not self.misses_known
 
     def item_rates(self, items: pa.Table, prior: float) -> Array:

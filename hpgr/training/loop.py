@@ -108,7 +108,7 @@ class _Loop:
         if not self.steps:
             raise DataError(f"{stage.name}: nothing to train on: no user has what it learns from before the training "
                             "cut-off; check data.history and data.split, or leave the stage out")  # fmt: skip
-        self.epochs_between = max(1, math.ceil(stage.min_steps / (stage.epochs * self.steps)))  # two validations
+        self.epochs_between = max(1, math.ceil(stage.min_steps / (stage.epochs * self.steps)))  # validations
         self.epochs = stage.epochs * self.epochs_between
         self.schedule = make_schedule(self.optimiser, stage.optimiser, self.epochs * self.steps)
         self.progress = Progress()
