@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from hpgr.config.base import holds_key
 from hpgr.errors import ArtifactError, StoreError
 
-FORMAT = 18
+FORMAT = 19
 """Version of run folders and prepared logs; a folder of another version is refused, never guessed at."""
 SPACE = "; check space and permissions"
 """What helps against most refusals to write."""

@@ -22,7 +22,7 @@ from hpgr.data.preparation import in_process, prepare
 from hpgr.data.stream import LocalSource, build_index
 from hpgr.model.embedding import Sizes
 from hpgr.model.inputs import Inputs, pad
-from hpgr.schema import SECOND, Batch, offsets_of
+from hpgr.schema import PAIRS, SECOND, Batch, offsets_of
 from hpgr.training.two_stage import INDEXES, Run, Worker
 
 CPU = torch.device("cpu")
@@ -71,6 +71,13 @@ def tiny(**over: Any) -> Config:
 
 
 # Hand-made batches
+
+
+def item_table(shown: Any, clicked: Any, *pairs: Any) -> pa.Table:
+    """What item rates are made of, of the vocabulary's table; without `pairs` no user met an item twice."""
+    shown = np.asarray(shown)
+    of_pairs = pairs or [np.zeros(len(shown), np.int64)] * len(PAIRS)
+    return pa.table({"shown": shown, "clicked": clicked, **dict(zip(PAIRS, of_pairs, strict=True))})
 
 
 def random_batch(rows: int = 3, events: int = 12, targets: int = 5, seed: int = 0, ties: bool = True) -> Batch:

@@ -70,11 +70,11 @@ class Stage2(Section):
     new_item_lr_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """The same of item vectors that begin at random: without stage 1, and those of `model.asvd`. Less than 1 keeps a
     model from learning the training clicks of rare items by heart."""
-    action_weight: Annotated[float, Field(ge=0)] = 1.0
+    action_weight: Annotated[float, Field(ge=0)] | Auto = "auto"
     """Weight of predicting, of each impression that is itself in the history, what was done with its item beside
     whether it was clicked, such as the rating. On a log whose training impressions of one label are all of one action
-    it is whether it was clicked, of all of them, asked a second time, unless histories hold what was not clicked. 0
-    leaves it out. hpgr alone, unless `action_baselines`."""
+    it is whether it was clicked, of all of them, asked a second time, unless histories hold what was not clicked. auto:
+    1 for ratings, .3 for clicks asked again. 0 leaves it out. hpgr alone, unless `action_baselines`."""
     action_baselines: bool = False
     """Ask hstu, mtgr and din too, to see how much of HPGR's distance to them it is."""
     action_share: Annotated[float, Field(ge=0, le=1)] = 0.5

@@ -24,6 +24,9 @@ from hpgr.model.pgsa import visible_mask
 ITEM_TABLE = "events.item.weight"
 INHERITED = ("events.", "sem.", "encoder.")
 """Parameters that stage 2 takes over from stage 1, where both have them."""
+CLICKED_AGAIN = 0.3
+"""Weight of asking a second time whether there was a click (`stage2.action_weight` auto): at 1 the encoder spends on it
+what it could add to Asymmetric-SVD, so AUC falls where that knows more than the encoder does [D]."""
 
 
 class Output(NamedTuple):
@@ -148,7 +151,7 @@ class ClickModel(nn.Module):
         self.config = self.config.model_copy(update={"pgsa": pgsa})
 
     def know_items(self, items: pa.Table) -> None:
-        """Take in training-time statistics of the catalogue: `count`, `shown` and `clicked`, a row an item."""
+        """Take in training-time statistics of the catalogue: the vocabulary's table, a row an item."""
 
     def forward(self, x: Inputs, noise: Noise | None = None) -> Output:
         """Binary cross-entropy summed over labelled candidates, and every candidate's logit [B, M]."""
@@ -222,7 +225,8 @@ class TokenClick(ClickModel):
         asked = sizes.chosen and (config.model.name == "hpgr" or config.stage2.action_baselines)
         if not (asked and config.stage2.action_weight):
             return
-        self.action_weight = config.stage2.action_weight
+        weight = config.stage2.action_weight
+        self.action_weight = (1.0 if sizes.graded else CLICKED_AGAIN) if weight == "auto" else weight
         self.answers = ActionAnswers(config.model.width, sizes)
 
     def forward(self, x: Inputs, noise: Noise | None = None) -> Output:

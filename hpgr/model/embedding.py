@@ -16,7 +16,7 @@ from hpgr.model.inputs import Inputs, tiles
 from hpgr.model.noise import Dropout, Noise
 from hpgr.model.pgsa import visible_mask
 from hpgr.model.timing import time_before, time_bucket
-from hpgr.schema import LIST_PREFIX, MASK, NO_ACTION, PAD, Array
+from hpgr.schema import LIST_PREFIX, MASK, NO_ACTION, PAD, PAIRS, Array
 
 MATCH_COUNTS, MATCH_PLACES = 6, 8
 
@@ -71,21 +71,25 @@ class Sizes:
 
         `items` is the vocabulary's table, with `shown` and `clicked`; what is not of the catalogue has the base rate.
         """
-        clicked, shown = _impressions(items)
+        clicked, shown = (items.column(name).to_numpy().astype(np.float64) for name in ("clicked", "shown"))
         known = (clicked + prior * self.base_rate) / (shown + prior)
         return np.concatenate([np.full(self.first_item, self.base_rate), known])
 
     def item_prior(self, items: pa.Table) -> float:
         """The `prior` of `item_rates` that items' rates call for: the beta-binomial's, by moments (Kleinman 1973), one
-        impression at least. It is infinite where they differ by no more than chance."""
-        clicked, shown = _impressions(items)
-        clicked, shown = clicked[shown > 0], shown[shown > 0]
-        more = shown.sum() - len(shown)
-        if not more:
-            return math.inf
-        chance = self.base_rate * (1 - self.base_rate)
-        beyond = ((clicked - shown * self.base_rate) ** 2 / shown).sum() / chance - len(shown)
-        alike = beyond / more  # correlation of an item's impressions
+        impression at least. It is infinite where they differ by no more than chance.
+
+        How alike two impressions of an item are is told by those of unlike users alone: what one user clicks again and
+        again has a rate far from the base rate, which tells others nothing [D].
+        """
+        shown = items.column("shown").to_numpy().astype(np.float64)
+        columns = [items.column(name).to_numpy().astype(np.float64)[shown > 0] for name in ("clicked", *PAIRS)]
+        (clicked, pairs, clicked_pairs, both_clicked), n = columns, shown[shown > 0]
+        base, chance = self.base_rate, self.base_rate * (1 - self.base_rate)
+        together = both_clicked - 2 * base * clicked_pairs + base**2 * pairs
+        beyond = (((clicked - n * base) ** 2 - together) / n).sum() / chance - len(n)
+        more = (n - 1 - pairs / n).sum()
+        alike = beyond / more if more > 0 else 0.0  # correlation of an item's impressions
         return math.inf if alike <= 0 else max(1.0, 1 / alike - 1)
 
     def action_rates(self, prior: float) -> Array:
@@ -93,12 +97,6 @@ class Sizes:
         known = np.array(self.train_actions, np.float32)
         known[:, NO_ACTION] = 0
         return (known[1] + prior * self.base_rate) / (known.sum(0) + prior)
-
-
-def _impressions(items: pa.Table) -> tuple[Array, Array]:
-    """Training clicks and impressions of each item of the catalogue."""
-    clicked, shown = (items.column(name).to_numpy().astype(np.float64) for name in ("clicked", "shown"))
-    return clicked, shown
 
 
 class Features(nn.Module):

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import pyarrow as pa
 import pytest
 import torch
-from helpers_model import SIZES, inputs, random_batch, shaken, tiny
+from helpers_model import SIZES, inputs, item_table, random_batch, shaken, tiny
 
 from hpgr.config import Asvd
 from hpgr.model.asvd import GAIN, HABIT, PRIOR, TABLES, AsymmetricSvd
@@ -24,7 +23,7 @@ CLICKS = replace(SIZES, train_actions=((0, 0, 50, 0, 0), (0, 0, 0, 70, 0)))
 def made(vectors: int = 0, sizes: Sizes = SIZES) -> AsymmetricSvd:
     torch.manual_seed(0)
     out = shaken(AsymmetricSvd(Asvd(factors=5, dropout=0.5), sizes, vectors))
-    out.know_items(pa.table({"clicked": [3] * CATALOGUE, "shown": range(3, 3 + CATALOGUE)}))
+    out.know_items(item_table(range(3, 3 + CATALOGUE), [3] * CATALOGUE))
     return out
 
 
@@ -100,10 +99,10 @@ def test_habit_starts_where_histories_hold_misses(missed: tuple[int, ...], base:
 def test_biases_start_at_the_items_click_rates() -> None:
     """As far as items differ beyond chance."""
     base, asvd = SIZES.base_rate, AsymmetricSvd(Asvd(), SIZES, 0)
-    alike = pa.table({"clicked": [1] * CATALOGUE, "shown": [1 / base] * CATALOGUE})
+    alike = item_table([1 / base] * CATALOGUE, [1] * CATALOGUE)
     asvd.know_items(alike)
     assert not asvd.bias.weight.any()
-    items = pa.table({"clicked": [2 * (i % 3) for i in range(CATALOGUE)], "shown": [4] * CATALOGUE})
+    items = item_table([4] * CATALOGUE, [2 * (i % 3) for i in range(CATALOGUE)])
     asvd.know_items(items)
     start = asvd.bias.weight.detach()[:, 0].double() + math.log(base / (1 - base))
     assert start.sigmoid().tolist() == pytest.approx(SIZES.item_rates(items, SIZES.item_prior(items)).tolist())

@@ -151,6 +151,22 @@ def test_candidates_of_no_known_action_train_as_without_the_question() -> None:
 
 
 @pytest.mark.parametrize(
+    ("counts", "weight"),
+    [(((9, 0, 0, 0, 0), (0, 0, 5, 0, 1)), 1.0), (((9, 0, 0, 0, 0), (0, 0, 5, 0, 0)), 0.3)],
+    ids=["ratings", "clicks again"],
+)
+def test_by_default_ratings_weigh_as_much_as_clicks_and_clicks_asked_again_less(
+    counts: tuple[tuple[int, ...], ...], weight: float
+) -> None:
+    x, model = inputs(random_batch()), shaken(click_model(tiny(), replace(SIZES, train_actions=counts)))
+    model.answers.share.fill_(0.0)
+    asked = model.answers.loss(model.encoded(model.past(x, None), x, None), x)
+    asking, plain = model.train()(x), model.eval()(x)
+    torch.testing.assert_close(asking.loss - plain.loss, weight * asked, rtol=1e-4, atol=1e-4)
+    assert asked > 1
+
+
+@pytest.mark.parametrize(
     ("weight", "counts", "name", "baselines", "asks"),
     [
         (1.0, ((9, 0, 0, 0, 0), (0, 0, 5, 0, 1)), "hpgr", False, True),
@@ -189,7 +205,7 @@ def test_whether_there_is_a_click_is_asked_twice_where_actions_say_no_more(count
     batch = random_batch(3, 8, 4)
     labels = np.where(np.arange(12) % 5 == 0, -1, batch.t_label).astype(np.int8)
     x = inputs(replace(batch, t_label=labels))
-    model = click_model(tiny(), replace(SIZES, train_actions=counts))
+    model = click_model(tiny(stage2={"action_weight": 1.0}), replace(SIZES, train_actions=counts))
     shown = torch.tensor(counts).sum(1) + 1
     torch.testing.assert_close(model.answers.head[-1].bias.softmax(0), shown / shown.sum())
     model = shaken(model)
