@@ -43,9 +43,6 @@ IN_HISTORY, IS_TARGET, IS_SHOWN, SOURCE = "in_history", "is_target", "is_shown",
 FEATURE_PREFIX = "feature:"
 LIST_PREFIX = "list:"
 """Begins the names of numbers that tell of a candidate in its list."""
-PAIRS = ("pairs", "clicked_pairs", "both_clicked")
-"""What the vocabulary's table counts of pairs of an item's training impressions that one user had: ordered pairs, those
-whose first was clicked, and those of two clicks."""
 _FEATURES = ("h_cat", "h_num", "t_cat", "t_num")
 
 HISTORY_FIELDS = {"item": pa.int32(), "time": pa.int64(), "action": pa.int32(), "visible": pa.int32()}

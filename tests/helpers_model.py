@@ -22,7 +22,7 @@ from hpgr.data.preparation import in_process, prepare
 from hpgr.data.stream import LocalSource, build_index
 from hpgr.model.embedding import Sizes
 from hpgr.model.inputs import Inputs, pad
-from hpgr.schema import PAIRS, SECOND, Batch, offsets_of
+from hpgr.schema import SECOND, Batch, offsets_of
 from hpgr.training.two_stage import INDEXES, Run, Worker
 
 CPU = torch.device("cpu")
@@ -38,6 +38,7 @@ SIZES = Sizes(
     t_num=("price", "list:engaged", "list:price:preferred"),
     base_rate=0.3,
     train_actions=((20, 10, 20, 0, 0), (0, 0, 0, 30, 40)),
+    item_prior=6.0,
 )
 """Tables of the hand-made batches below: 2 out-of-vocabulary indices, 20 items."""
 MISSES_KNOWN = replace(SIZES, train_actions=((2, 10, 20, 0, 0), (0, 0, 0, 30, 40)))
@@ -71,13 +72,6 @@ def tiny(**over: Any) -> Config:
 
 
 # Hand-made batches
-
-
-def item_table(shown: Any, clicked: Any, *pairs: Any) -> pa.Table:
-    """What item rates are made of, of the vocabulary's table; without `pairs` no user met an item twice."""
-    shown = np.asarray(shown)
-    of_pairs = pairs or [np.zeros(len(shown), np.int64)] * len(PAIRS)
-    return pa.table({"shown": shown, "clicked": clicked, **dict(zip(PAIRS, of_pairs, strict=True))})
 
 
 def random_batch(rows: int = 3, events: int = 12, targets: int = 5, seed: int = 0, ties: bool = True) -> Batch:

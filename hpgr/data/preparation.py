@@ -32,6 +32,7 @@ from hpgr.config import Config, Data, dump
 from hpgr.data import split as splits
 from hpgr.data import staging
 from hpgr.data.hashing import hash_text
+from hpgr.data.item_rates import WEAKER, item_prior, rate_losses
 from hpgr.data.lists import LATE, list_columns
 from hpgr.data.ordering import order_rows
 from hpgr.data.sources import Fragment, find_files, fragments, inputs_fingerprint, is_absent, read
@@ -210,20 +211,24 @@ class Job:
             self.execute("count", partial(count_bucket, data=self.data, folder=self.folder, cuts=cuts), every)
         )
         account |= self._split_account(counts)
-        sizes = next(
-            iter(self.execute("merge", partial(merge_counts, data=self.data, folder=self.folder), [self.buckets]))
-        )
-        lists = self._lists(counts)
-        encoding = partial(encode_bucket, data=self.data, folder=self.folder, cuts=cuts, lists=lists)
+        train = account["splits"]["train"]
+        base_rate = train["positives"] / train["impressions"]
+        merging = partial(merge_counts, data=self.data, folder=self.folder, base_rate=base_rate)
+        sizes, prior = next(iter(self.execute("merge", merging, [self.buckets])))
+        lists, priors = self._lists(counts), np.multiply(prior, WEAKER)
+        encoding = partial(encode_bucket, data=self.data, folder=self.folder, cuts=cuts, lists=lists,
+                           base_rate=base_rate, priors=priors)  # fmt: skip
         encoded = list(self.execute("encode", encoding, every))
         account["timelines"] = sum(timelines for timelines, *_ in encoded)
-        account["unknown_items"] = self._unknown(np.sum([unknown for *_, unknown in encoded], axis=0), account)
+        account["unknown_items"] = self._unknown(np.sum([unknown for _, _, unknown, _ in encoded], axis=0), account)
+        prior = float(priors[np.argmin(np.sum([losses for *_, losses in encoded], axis=0))])
         return {
             "buckets": self.buckets,
             "account": account,
             "cut_offs": None if cuts is None else asdict(cuts),
             "vocabulary": sizes,
-            "train_actions": np.sum([counts for _, counts, _ in encoded], axis=0).tolist(),
+            "train_actions": np.sum([counts for _, counts, *_ in encoded], axis=0).tolist(),
+            "item_prior": prior if math.isfinite(prior) else None,
             "features": {s + k: column_names(self.data, s, k, lists) for s in ("h_", "t_") for k in ("cat", "num")},
             "versions": versions(),
         }  # fmt: skip
@@ -437,8 +442,8 @@ def count_bucket(bucket: int, data: Data, folder: Folder, cuts: splits.CutOffs |
     return account
 
 
-def merge_counts(buckets: int, data: Data, folder: Folder) -> dict[str, Any]:
-    """Build and write the vocabulary from all buckets' counts; returns its sizes."""
+def merge_counts(buckets: int, data: Data, folder: Folder, base_rate: float) -> tuple[dict[str, Any], float]:
+    """Build and write the vocabulary from all buckets' counts; returns its sizes and the prior of its items' rates."""
     counts = merge(staging.read(folder, staging.counts_file(b)) for b in range(buckets))
     vocabulary = Vocabulary.from_counts(counts, data.vocabulary, data.features)
     if not vocabulary.items.num_rows:
@@ -447,19 +452,21 @@ def merge_counts(buckets: int, data: Data, folder: Folder) -> dict[str, Any]:
         )
     folder.write_parquet("vocabulary.parquet", vocabulary.items)
     folder.write_json("vocabulary.json", vocabulary.to_tables())
-    return {
+    sizes = {
         "items": vocabulary.items.num_rows,
         "size": vocabulary.size,
         "oov_buckets": vocabulary.oov_buckets,
         "categories": {field: vocabulary.category_size(field) for field in vocabulary.categories},
     }
+    return sizes, item_prior(vocabulary.items, base_rate)
 
 
 def encode_bucket(
-    bucket: int, data: Data, folder: Folder, cuts: splits.CutOffs | None, lists: Sequence[str]
-) -> tuple[int, list[list[int]], list[int]]:
-    """Write a bucket's timelines; returns how many, its training impressions by label and action index, and by split
-    its impressions of unknown items."""
+    bucket: int, data: Data, folder: Folder, cuts: splits.CutOffs | None, lists: Sequence[str], base_rate: float,
+    priors: Array,
+) -> tuple[int, list[list[int]], list[int], list[float]]:  # fmt: skip
+    """Write a bucket's timelines; returns how many, its training impressions by label and action index, by split its
+    impressions of unknown items, and by prior what its validation impressions lose by items' rates."""
     plain, items = folder.read_json("vocabulary.json"), folder.read_parquet("vocabulary.parquet")
     vocabulary = Vocabulary.from_tables(items, plain)
     timelines = encode(ordered_rows(bucket, folder), vocabulary, data, cuts, lists)
@@ -468,7 +475,8 @@ def encode_bucket(
     training, actions = flat.t_split == TRAIN, vocabulary.category_size("action")
     kinds = np.bincount((flat.t_label.astype(np.int64) * actions + flat.t_action)[training], minlength=2 * actions)
     unknown = np.bincount(flat.t_split[flat.t_item < vocabulary.first_item], minlength=len(SPLIT_NAMES))
-    return len(flat), kinds.reshape(2, actions).tolist(), unknown.tolist()
+    losses = rate_losses(flat, items, vocabulary.first_item, base_rate, priors)
+    return len(flat), kinds.reshape(2, actions).tolist(), unknown.tolist(), losses.tolist()
 
 
 def in_process(_: str, function: Callable[[T], R], items: Sequence[T]) -> Iterable[R]:

@@ -15,25 +15,11 @@ import pyarrow.compute as pc
 from hpgr.config import Data, Feature
 from hpgr.config import Vocabulary as VocabularyConfig
 from hpgr.data.hashing import U64, hash_items, spelled_once
-from hpgr.data.ordering import user_codes
 from hpgr.errors import DataError
-from hpgr.schema import (
-    ACTION,
-    FEATURE_PREFIX,
-    FIRST_OOV,
-    IN_HISTORY,
-    IS_TARGET,
-    ITEM,
-    LABEL,
-    PAIRS,
-    Array,
-    Floats,
-    Ints,
-    offsets_of,
-)
+from hpgr.schema import ACTION, FEATURE_PREFIX, FIRST_OOV, IN_HISTORY, IS_TARGET, ITEM, LABEL, Array, Floats, Ints
 
 ITEM_FIELD = "item"
-OF_ITEMS, OF_NUMBERS = ("shown", "clicked", "history", *PAIRS), ("sum", "squares")
+OF_ITEMS, OF_NUMBERS = ("shown", "clicked", "history"), ("sum", "squares")
 """What is counted of items alone, and of numeric features alone."""
 ACTIONS = 500
 """Most kinds of events that training has room for: candidates count theirs of each kind."""
@@ -59,13 +45,13 @@ def actions(table: pa.Table) -> pa.DictionaryArray:
 
 
 def count(table: pa.Table, training: npt.NDArray[np.bool_], data: Data) -> pa.Table:
-    """Occurrences of every value in a bucket's training rows: field, value, count, and OF_ITEMS and OF_NUMBERS.
+    """Occurrences of every value in training rows: field, value, count, shown, clicked, history, sum, squares.
 
-    `shown`, `clicked` and `history` count an item's impressions, clicks and events of histories, and PAIRS those that
-    one user had; `sum`, and `squares` of the deviations from the mean, are for numeric features.
+    `shown`, `clicked` and `history` count an item's impressions, clicks and events of histories; `sum`, and `squares`
+    of the deviations from the mean, are for numeric features.
     """
     rows = table.filter(pa.array(training))
-    parts = [_count_items(rows, user_codes(table)[training]), _count_words("action", actions(rows))]
+    parts = [_count_items(rows), _count_words("action", actions(rows))]
     for feature in data.features:
         column = rows.column(FEATURE_PREFIX + feature.name)
         if feature.kind == "categorical":
@@ -84,30 +70,16 @@ def count(table: pa.Table, training: npt.NDArray[np.bool_], data: Data) -> pa.Ta
     return pa.concat_tables(parts)
 
 
-def _count_items(rows: pa.Table, user: Ints) -> pa.Table:
+def _count_items(rows: pa.Table) -> pa.Table:
     item = rows.column(ITEM).combine_chunks()
     code, words = item.indices.to_numpy(), item.dictionary
     target, history = (rows.column(name).to_numpy(zero_copy_only=False) for name in (IS_TARGET, IN_HISTORY))
     clicked = pc.fill_null(rows.column(LABEL), 0).to_numpy() * target > 0
     every = np.bincount(code, minlength=len(words))
     sums = {name: np.bincount(code[rows_of], minlength=len(words))
-            for name, rows_of in (("shown", target), ("clicked", clicked), ("history", history))}  # fmt: skip
-    sums |= _count_pairs(user[target], code[target].astype(np.int64), clicked[target], len(words))
+            for name, rows_of in zip(OF_ITEMS, (target, clicked, history), strict=True)}  # fmt: skip
     there = np.flatnonzero(every)
     return _frame(ITEM_FIELD, words.take(pa.array(there)), every[there], **{k: v[there] for k, v in sums.items()})
-
-
-def _count_pairs(user: Ints, item: Ints, clicked: npt.NDArray[np.bool_], items: int) -> dict[str, Ints]:
-    """PAIRS of each item [items], of impressions by user, item and whether they were clicked."""
-    met = np.sort((user * items + item) * 2 + clicked)
-    first = np.flatnonzero(np.diff(met >> 1, prepend=-1))
-    n = np.diff(first, append=len(met))
-    again = np.flatnonzero(n > 1)
-    first, n = first[again], n[again]
-    upto = offsets_of(met & 1)
-    clicks, of = upto[first + n] - upto[first], (met[first] >> 1) % max(items, 1)
-    pairs = zip(PAIRS, (n * (n - 1), clicks * (n - 1), clicks * (clicks - 1)), strict=True)
-    return {name: np.bincount(of, each, items).astype(np.int64) for name, each in pairs}
 
 
 def _count_words(field: str, values: pa.DictionaryArray) -> pa.Table:
@@ -156,7 +128,7 @@ def _about_one_mean(parts: pa.Table) -> pa.Table:
 class Vocabulary:
     """Indices of ids.
 
-    `items` has V rows in index order: value, count and OF_ITEMS (see `count`); `oov_history` counts the events of
+    `items` has V rows in index order: value, count, shown, clicked, history; `oov_history` counts the events of
     histories whose item has no index of its own, by bucket.
     """
 

@@ -42,10 +42,10 @@ class AsymmetricSvd(nn.Module):
 
     It starts near the best scorer without a model, the click rates of item and user, as from nought a log of few steps
     would not get there. Biases start at the log-odds of the items' training click rates over those of the base rate,
-    drawn to it as far as items differ by chance alone or by who met them (they have seen the impressions to learn from,
-    as any learnt bias has); habit at half the slope of the log-odds, as the encoder learns of users' habits too, and no
-    further than HABIT. Where histories leave out what was not clicked, they do not tell how much a user clicks, and
-    habit starts at nought.
+    drawn to it as far as items differ by chance alone, and further where validation says that they promise too much
+    (they have seen the impressions to learn from, as any learnt bias has); habit at half the slope of the log-odds, as
+    the encoder learns of users' habits too, and no further than HABIT. Where histories leave out what was not clicked,
+    they do not tell how much a user clicks, and habit starts at nought.
 
     The r_j of the very item are left out: what is usual of it was counted over training impressions, the one to learn
     from among them, and would tell its label. The match features tell how the user took the item before.
@@ -83,7 +83,7 @@ class AsymmetricSvd(nn.Module):
     def know_items(self, items: pa.Table) -> None:
         """Click rates of the catalogue in training, those of rarely shown items near the base rate: what is usual, and
         where biases start."""
-        base, prior = self.sizes.base_rate, self.sizes.item_prior(items)
+        base, prior = self.sizes.base_rate, self.sizes.item_prior
         self.usual.copy_(torch.from_numpy(self.sizes.item_rates(items, PRIOR)))
         if math.isfinite(prior):
             start = torch.from_numpy(self.sizes.item_rates(items, prior)).logit() - math.log(base / (1 - base))

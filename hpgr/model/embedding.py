@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from hpgr.model.inputs import Inputs, tiles
 from hpgr.model.noise import Dropout, Noise
 from hpgr.model.pgsa import visible_mask
 from hpgr.model.timing import time_before, time_bucket
-from hpgr.schema import LIST_PREFIX, MASK, NO_ACTION, PAD, PAIRS, Array
+from hpgr.schema import LIST_PREFIX, MASK, NO_ACTION, PAD, Array
 
 MATCH_COUNTS, MATCH_PLACES = 6, 8
 
@@ -27,7 +26,8 @@ class Sizes:
 
     `categories` maps a categorical feature to its number of indices; `first_item` is where the catalogue begins
     in the item table of `items` rows; `actions` counts action indices; `base_rate` is the training click rate, and
-    `train_actions` counts training impressions by label and, of that, by what was done with them (action index).
+    `train_actions` counts training impressions by label and, of that, by what was done with them (action index);
+    `item_prior` is the `prior` of `item_rates` by which these may be believed, infinite: not at all.
     """
 
     items: int
@@ -40,6 +40,7 @@ class Sizes:
     t_num: tuple[str, ...]
     base_rate: float
     train_actions: tuple[tuple[int, ...], ...]
+    item_prior: float
 
     @property
     def t_own(self) -> tuple[str, ...]:
@@ -74,23 +75,6 @@ class Sizes:
         clicked, shown = (items.column(name).to_numpy().astype(np.float64) for name in ("clicked", "shown"))
         known = (clicked + prior * self.base_rate) / (shown + prior)
         return np.concatenate([np.full(self.first_item, self.base_rate), known])
-
-    def item_prior(self, items: pa.Table) -> float:
-        """The `prior` of `item_rates` that items' rates call for: the beta-binomial's, by moments (Kleinman 1973), one
-        impression at least. It is infinite where they differ by no more than chance.
-
-        How alike two impressions of an item are is told by those of unlike users alone: what one user clicks again and
-        again has a rate far from the base rate, which tells others nothing [D].
-        """
-        shown = items.column("shown").to_numpy().astype(np.float64)
-        columns = [items.column(name).to_numpy().astype(np.float64)[shown > 0] for name in ("clicked", *PAIRS)]
-        (clicked, pairs, clicked_pairs, both_clicked), n = columns, shown[shown > 0]
-        base, chance = self.base_rate, self.base_rate * (1 - self.base_rate)
-        together = both_clicked - 2 * base * clicked_pairs + base**2 * pairs
-        beyond = (((clicked - n * base) ** 2 - together) / n).sum() / chance - len(n)
-        more = (n - 1 - pairs / n).sum()
-        alike = beyond / more if more > 0 else 0.0  # correlation of an item's impressions
-        return math.inf if alike <= 0 else max(1.0, 1 / alike - 1)
 
     def action_rates(self, prior: float) -> Array:
         """Training click rate by action [actions], likewise; an impression without an action tells nothing of one."""

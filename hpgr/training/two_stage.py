@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -110,6 +111,7 @@ class Run:
             t_num=tuple(features["t_num"]),
             base_rate=train["positives"] / train["impressions"],
             train_actions=tuple(map(tuple, manifest["train_actions"])),
+            item_prior=math.inf if manifest["item_prior"] is None else manifest["item_prior"],
         )
 
 

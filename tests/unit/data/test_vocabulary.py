@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import permutations
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pytest
 from helpers_log import Make, T, one_user
@@ -14,7 +12,6 @@ from helpers_log import Make, T, one_user
 from hpgr.artifacts import Folder
 from hpgr.data.preparation import in_process
 from hpgr.errors import DataError
-from hpgr.schema import PAIRS
 from hpgr.scoring.known_features import learn_item_features
 from hpgr.training.two_stage import Run
 
@@ -28,24 +25,6 @@ def test_clicks_of_items_are_those_of_impressions(prepare_log: Make) -> None:
     training = prepared.manifest["account"]["splits"]["train"]
     assert sum(items["shown"].to_pylist()) == training["impressions"]
     assert sum(items["clicked"].to_pylist()) == training["positives"] == 8
-
-
-def test_pairs_of_impressions_are_those_of_one_user_and_item(prepare_log: Make) -> None:
-    """Counted pair by pair; whatever bucket a user is in."""
-    rng, at = np.random.default_rng(4), iter(range(10_000))
-    rows = [{"user_id": f"u{rng.integers(40)}", "item_id": f"i{rng.integers(6)}", "timestamp": T + next(at),
-             "clicked": [0, 1, 1, None][rng.integers(4)]} for _ in range(900)]  # fmt: skip
-    prepared = prepare_log(rows, split={"by": "user_fraction", "validation": 0.1, "test": 0.1})
-    items = prepared.vocabulary().items.to_pandas().set_index("value")
-    training = pd.DataFrame(rows).dropna(subset="clicked").sort_values("timestamp")
-    training["rank"] = training.groupby("user_id").cumcount()
-    training = training[training["rank"] < (training.groupby("user_id")["rank"].transform("size") * 0.8).round()]
-    assert items["shown"].sum() == len(training)
-    for item, of in training.groupby("item_id"):
-        pairs = [(a, b) for _, own in of.groupby("user_id")["clicked"] for a, b in permutations(own, 2)]
-        expected = (len(pairs), sum(a for a, _ in pairs), sum(a * b for a, b in pairs))
-        assert tuple(items.loc[item, list(PAIRS)]) == expected
-        assert min(expected) > 0
 
 
 def test_no_label_is_another_action_than_no_click(prepare_log: Make) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
-from helpers_model import SIZES, inputs, item_table, random_batch, shaken, tiny
+from helpers_model import SIZES, inputs, random_batch, shaken, tiny
 
 from hpgr.config import Asvd
 from hpgr.model.asvd import GAIN, HABIT, PRIOR, TABLES, AsymmetricSvd
@@ -23,7 +25,7 @@ CLICKS = replace(SIZES, train_actions=((0, 0, 50, 0, 0), (0, 0, 0, 70, 0)))
 def made(vectors: int = 0, sizes: Sizes = SIZES) -> AsymmetricSvd:
     torch.manual_seed(0)
     out = shaken(AsymmetricSvd(Asvd(factors=5, dropout=0.5), sizes, vectors))
-    out.know_items(item_table(range(3, 3 + CATALOGUE), [3] * CATALOGUE))
+    out.know_items(pa.table({"clicked": [3] * CATALOGUE, "shown": range(3, 3 + CATALOGUE)}))
     return out
 
 
@@ -96,17 +98,15 @@ def test_habit_starts_where_histories_hold_misses(missed: tuple[int, ...], base:
     assert float(AsymmetricSvd(Asvd(), sizes, 0).habit.detach()) == pytest.approx(start)
 
 
-def test_biases_start_at_the_items_click_rates() -> None:
-    """As far as items differ beyond chance."""
-    base, asvd = SIZES.base_rate, AsymmetricSvd(Asvd(), SIZES, 0)
-    alike = item_table([1 / base] * CATALOGUE, [1] * CATALOGUE)
-    asvd.know_items(alike)
-    assert not asvd.bias.weight.any()
-    items = item_table([4] * CATALOGUE, [2 * (i % 3) for i in range(CATALOGUE)])
-    asvd.know_items(items)
-    start = asvd.bias.weight.detach()[:, 0].double() + math.log(base / (1 - base))
-    assert start.sigmoid().tolist() == pytest.approx(SIZES.item_rates(items, SIZES.item_prior(items)).tolist())
-    assert len(set(start.tolist())) == 4
+@pytest.mark.parametrize("prior", [1.0, 6.0, math.inf])
+def test_biases_start_at_the_items_click_rates(prior: float) -> None:
+    """As far as those may be believed."""
+    base, asvd = SIZES.base_rate, AsymmetricSvd(Asvd(), replace(SIZES, item_prior=prior), 0)
+    clicked = np.array([2 * (i % 3) for i in range(CATALOGUE)])
+    asvd.know_items(pa.table({"clicked": clicked, "shown": [4] * CATALOGUE}))
+    start = (asvd.bias.weight.detach()[:, 0].double() + math.log(base / (1 - base))).sigmoid()
+    expected = (clicked + prior * base) / (4 + prior) if math.isfinite(prior) else np.full(CATALOGUE, base)
+    assert start.tolist() == pytest.approx([base] * SIZES.first_item + expected.tolist())
 
 
 def test_an_action_is_worth_its_click_rate_at_the_start() -> None:

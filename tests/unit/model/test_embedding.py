@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from helpers_model import SIZES, changed, inputs, item_table, random_batch, rows_of, shaken, tiny
+from helpers_model import SIZES, changed, inputs, random_batch, rows_of, shaken, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -137,42 +136,6 @@ def test_padding_goes_and_comes_back_in_row_order() -> None:
 def test_the_last_time_bucket_begins_where_it_says(buckets: int) -> None:
     at = torch.tensor([0.99 * LONGEST, 1.01 * LONGEST], dtype=torch.float64) * SECOND
     assert time_bucket(at.long(), buckets).tolist() == [buckets - 2, buckets - 1]
-
-
-def test_the_prior_of_items_is_the_one_they_were_drawn_by() -> None:
-    rng, sizes = np.random.default_rng(5), replace(SIZES, base_rate=0.3)
-    shown = rng.integers(0, 60, 5000)
-    for prior in (4.0, 40.0):
-        clicked = rng.binomial(shown, rng.beta(0.3 * prior, 0.7 * prior, len(shown)))
-        assert sizes.item_prior(item_table(shown, clicked)) == pytest.approx(prior, rel=0.1)
-
-
-def test_what_users_do_again_and_again_makes_no_prior_of_items() -> None:
-    """Users have a rate for each item that they meet; the item's own decides how much they share."""
-    rng, sizes, items, users = np.random.default_rng(6), replace(SIZES, base_rate=0.3), 4000, 6
-    times = rng.integers(1, 12, (items, users))
-    for prior, expected in ((None, math.inf), (9.0, 9.0)):
-        of_item = np.full(items, 0.3) if prior is None else rng.beta(0.3 * prior, 0.7 * prior, items)
-        clicks = rng.binomial(times, rng.beta(2 * of_item, 2 * (1 - of_item), (users, items)).T)
-        once = item_table(times.sum(1), clicks.sum(1))
-        of_pairs = (times * (times - 1), clicks * (times - 1), clicks * (clicks - 1))
-        table = item_table(times.sum(1), clicks.sum(1), *(pairs.sum(1) for pairs in of_pairs))
-        assert sizes.item_prior(once) < 20  # a fifth of pairs are one user's, whose impressions correlate by a third
-        assert 1 / sizes.item_prior(table) == pytest.approx(1 / expected, rel=0.15, abs=0.005)
-
-
-@pytest.mark.parametrize(
-    ("clicked", "shown", "prior"),
-    [
-        ([3] * 9, [10] * 9, math.inf),
-        ([1, 0, 0], [1, 1, 1], math.inf),
-        ([0], [0], math.inf),
-        ([9, 0, 0], [9, 9, 12], 1.0),
-    ],
-    ids=["alike", "each shown once", "not shown", "all or nothing"],
-)
-def test_the_prior_at_its_ends(clicked: list[int], shown: list[int], prior: float) -> None:
-    assert replace(SIZES, base_rate=0.3).item_prior(item_table(shown, clicked)) == prior
 
 
 @pytest.mark.parametrize(
