@@ -41,10 +41,10 @@ def test_the_prior_at_its_ends(clicked: list[int], shown: list[int], prior: floa
     assert item_prior(pa.table({"clicked": clicked, "shown": shown}), 0.3) == prior
 
 
-def made(prepare_log: Make, lasting: float, seed: int = 0) -> Prepared:
+def made(prepare_log: Make, lasting: float) -> Prepared:
     """Ten days of a log: eight to train, a ninth to validate, when the share `lasting` is as before and the rest the
-    other way round, and a tenth of clicks alone, which nothing may know."""
-    rng, items, rows = np.random.default_rng(seed), 400, []
+    other way round, and a tenth day of nothing but clicks, which nothing may know."""
+    rng, items, rows = np.random.default_rng(0), 400, []
     rate = rng.beta(0.8, 0.8, items)
     for k in range(8000):
         item, day = int(rng.integers(items)), k // 800
